@@ -1,0 +1,172 @@
+"""What happens in a call's life, told to whoever listens, in bounded queues that never make a call wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, gc=False):
+    """Base of all events. *at* is in seconds of the manager's clock, *call_id* is empty when no call is meant."""
+
+    at: float
+    provider: str
+    call_id: str = ""
+
+
+class CallStarted(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call entered the pipeline."""
+
+    model: str | None
+    stream: bool
+
+
+class CallQueued(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call has waited long for its permit; *ahead* calls stood before it. Told after 2 s, then once a minute."""
+
+    waited: float
+    ahead: int
+
+
+class CallAdmitted(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call got the permit for one attempt."""
+
+    key_id: str
+    model: str
+    waited: float
+
+
+class AttemptFailed(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """An attempt failed. *retry_in* is the seconds until the next one, None if there is none."""
+
+    key_id: str
+    attempt: int
+    error: str
+    status: int | None
+    retry_in: float | None
+
+
+class CallFinished(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call ended, well (*error* is None) or not."""
+
+    model: str | None
+    error: str | None
+    duration: float
+    input_tokens: int
+    output_tokens: int
+
+
+class KeyPaused(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A key is left alone for *seconds*, as its vendor asked."""
+
+    key_id: str
+    seconds: float
+
+
+class KeyParked(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A key is out of use until a probe of it succeeds."""
+
+    key_id: str
+    reason: str
+
+
+class KeyRestored(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A parked key works again."""
+
+    key_id: str
+
+
+class Events:
+    """The port: layers ``publish``, listeners ``subscribe``. A full queue drops its oldest event and counts it."""
+
+    __slots__ = ("_subscriptions", "published")
+
+    def __init__(self) -> None:
+        self._subscriptions: tuple[Subscription, ...] = ()
+        self.published = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody listens: build no event if not."""
+        return bool(self._subscriptions)
+
+    @property
+    def dropped(self) -> int:
+        """Events that living subscriptions have lost because they were read too slowly."""
+        return sum(subscription.dropped for subscription in self._subscriptions)
+
+    def publish(self, event: Event) -> None:
+        """Hand *event* to every subscription; never blocks, never raises."""
+        self.published += 1
+        for subscription in self._subscriptions:
+            subscription._put(event)
+
+    def subscribe(self, *, capacity: int = 1024) -> Subscription:
+        """Listen from now on, keeping at most *capacity* unread events. Close it, or use it in a ``with`` block."""
+        subscription = Subscription(self, capacity)
+        self._subscriptions = (*self._subscriptions, subscription)
+        return subscription
+
+    def _remove(self, subscription: Subscription) -> None:
+        self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+
+
+class Subscription:
+    """A bounded queue of events: read it with ``async for``, or all at once with ``drain``."""
+
+    __slots__ = ("_closed", "_events", "_queue", "_wakeup", "dropped")
+
+    def __init__(self, events: Events, capacity: int) -> None:
+        self._events = events
+        self._queue: deque[Event] = deque(maxlen=capacity)
+        self._wakeup: asyncio.Future[None] | None = None
+        self._closed = False
+        self.dropped = 0
+
+    def drain(self) -> list[Event]:
+        """All unread events, oldest first."""
+        events = list(self._queue)
+        self._queue.clear()
+        return events
+
+    def close(self) -> None:
+        """Listen no more; an ``async for`` ends when it has read what was left."""
+        self._closed = True
+        self._events._remove(self)
+        self._wake()
+
+    def _put(self, event: Event) -> None:
+        if len(self._queue) == self._queue.maxlen:
+            self.dropped += 1
+        self._queue.append(event)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._wakeup is not None and not self._wakeup.done():
+            self._wakeup.set_result(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._queue:
+            if self._closed:
+                raise StopAsyncIteration
+            self._wakeup = asyncio.get_running_loop().create_future()
+            try:
+                await self._wakeup
+            finally:
+                self._wakeup = None
+        return self._queue.popleft()

@@ -1,0 +1,177 @@
+"""What can be configured, as frozen values with their defaults. ``config.py`` reads them from files and environment."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class Secret:
+    """A string that shows itself to nobody but ``reveal()``."""
+
+    __slots__ = ("__value",)
+
+    def __init__(self, value: str) -> None:
+        self.__value = value
+
+    def reveal(self) -> str:
+        """The secret itself: for the request's header, and nothing else."""
+        return self.__value
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+    def __str__(self) -> str:
+        return "***"
+
+    def __format__(self, spec: str) -> str:
+        return format("***", spec)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other.__value == self.__value
+
+    def __hash__(self) -> int:
+        return hash((Secret, self.__value))
+
+    def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
+        # A pickle is a file somebody else may read; what comes back is as blank as the repr.
+        return (Secret, ("***",))
+
+
+class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What one key may use in any window; None is no limit."""
+
+    requests_per_minute: int | None = None
+    input_tokens_per_minute: int | None = None
+    output_tokens_per_minute: int | None = None
+    window_seconds: float = 60.0
+    """The window that the numbers above are per. The name "per minute" is the default."""
+
+
+class KeySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One API key with its model and limits. *number* counts from 1, as in ``api_keys``."""
+
+    number: int
+    secret: Secret
+    model: str | None
+    """None: the key has no model of its own; a call must name one or the dialect's default is used."""
+    limits: LimitSettings = LimitSettings()
+
+
+class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How many calls run at once, and how long a pooled client lives."""
+
+    max_size: int = 1000
+    acquire_timeout: float | None = None
+    """Seconds a call may wait for a free client while a key could admit it. None: until the call's deadline."""
+    max_age: float | None = 3600.0
+    """Seconds after which a client and its connections are replaced."""
+    max_requests: int | None = None
+    """Calls after which a client is replaced."""
+    probe_interval: float = 30.0
+    """Seconds before a parked key is probed for the first time; the interval doubles up to ``probe_max_interval``."""
+    probe_max_interval: float = 900.0
+
+
+class TimeoutSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. None switches a timeout off."""
+
+    connect: float | None = 5.0
+    """Name resolution, TCP and TLS."""
+    first_byte: float | None = 120.0
+    """From the request's end to the response's head."""
+    idle: float | None = 60.0
+    """Between two reads of a body, and between two events of a stream."""
+    attempt: float | None = 600.0
+    """One attempt as a whole; of a stream: until its first content."""
+
+
+class TransportSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The way to the provider."""
+
+    proxy: Literal["environment", "none"] | str = "environment"
+    """A proxy's URL; or ``environment`` for HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY; or ``none``."""
+    ca_file: str | None = None
+    """PEM file of the authorities to trust instead of the system's."""
+    client_cert: str | None = None
+    """PEM file with the client certificate (and the key, unless ``client_key`` names it)."""
+    client_key: str | None = None
+    max_response_bytes: int = 64 * 1024 * 1024
+    keepalive_seconds: float = 30.0
+    """How long an idle connection is kept. Shorter than any known server keeps it, so that it is us who close."""
+
+
+class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """One provider: a dialect at an address, with its keys."""
+
+    name: str
+    dialect: str
+    """``anthropic``, ``openai``, or the name of a registered provider."""
+    keys: tuple[KeySettings, ...]
+    base_url: str | None = None
+    """None: the vendor's own. Under any other address no model rule is applied (``custom`` is true)."""
+    api_version: str | None = None
+    """Anthropic's ``anthropic-version``; None: the dialect's default."""
+    model_aliases: dict[str, str] = {}
+    unsupported: Literal["drop", "raise"] = "drop"
+    pool: PoolSettings = PoolSettings()
+    timeouts: TimeoutSettings = TimeoutSettings()
+    transport: TransportSettings = TransportSettings()
+    extra_body: dict[str, Any] = {}
+    extra_headers: dict[str, str] = {}
+
+    @property
+    def custom(self) -> bool:
+        """Whether the address is not the vendor's own, so that nothing is known of the models behind it."""
+        return self.base_url is not None
+
+
+class RateLimiterSettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    """False lifts the limits; calls still queue for a pooled client."""
+    guard_seconds: float = 0.25
+    """Added to every window: covers the difference between when a request leaves and when the vendor counts it."""
+
+
+class RetrySettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    max_attempts: int = 3
+    """Attempts in all, the first included. A key that turns out dead does not use one up."""
+    base_delay: float = 0.5
+    max_delay: float = 8.0
+    max_retry_after: float | None = 120.0
+    """A vendor's ``retry-after`` longer than this is not waited for (on another key the call goes on at once)."""
+
+
+class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    content: bool = False
+    """Whether DEBUG records hold prompts and answers."""
+
+
+class MetricsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+
+
+class MiddlewareSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The pipeline's layers, by the names of their files."""
+
+    rate_limiter: RateLimiterSettings = RateLimiterSettings()
+    retry: RetrySettings = RetrySettings()
+    logging: LoggingSettings = LoggingSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    extensions: dict[str, dict[str, Any]] = {}
+    """Registered middleware by name, with its own settings, in order: below the retry layer, above the attempt's log."""
+
+
+class LLMSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration."""
+
+    providers: dict[str, ProviderSettings]
+    default_provider: str
+    middleware: MiddlewareSettings = MiddlewareSettings()
+    store: str = "memory"
+    """Where shared state lives: ``memory``, or the name of a registered store."""
+    source: str = "mapping"
+    """Where the configuration came from, for messages: a path, ``environment`` or ``mapping``."""

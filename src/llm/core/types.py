@@ -1,0 +1,219 @@
+"""The values a call is made of: messages in, answers out, and what they cost. All of them are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import msgspec
+
+SettledCallback = Callable[["Settlement"], None]
+
+
+class MessageRole(StrEnum):
+    """Who speaks. Each dialect has its own word for these (OpenAI's newer models call SYSTEM ``developer``)."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One turn of a conversation: ``Message(MessageRole.USER, "What is Python?")``."""
+
+    role: MessageRole
+    content: str
+
+
+class StopReason(StrEnum):
+    """Why the model stopped, in one vocabulary for all dialects."""
+
+    STOP = "stop"
+    """The model finished, or met a stop sequence."""
+    LENGTH = "length"
+    """``max_tokens`` or the context ran out: the text is cut."""
+    TOOL_CALLS = "tool_calls"
+    CONTENT_FILTER = "content_filter"
+    """The vendor's filter or the model itself refused."""
+    PAUSED = "paused"
+    """Anthropic's ``pause_turn``: send the answer back to have it continued."""
+    UNKNOWN = "unknown"
+    """A word we do not know; ``raw`` has it."""
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """Tokens of one call. ``input_tokens`` and ``output_tokens`` are inclusive totals; the others are parts of them."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_read_tokens: int = 0
+    """Part of the input that came from a prompt cache."""
+    cache_write_tokens: int = 0
+    """Part of the input that was written to a prompt cache, for any lifetime."""
+    cache_write_1h_tokens: int = 0
+    """Part of ``cache_write_tokens`` that was written for an hour (Anthropic prices it apart)."""
+    reasoning_tokens: int = 0
+    """Part of the output that was thinking."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+class Cost(msgspec.Struct, frozen=True, gc=False):
+    """What a call takes, or is expected to take, of a rate limit."""
+
+    requests: int = 1
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class Settlement(msgspec.Struct, frozen=True):
+    """How an attempt ended: what it used, and why it failed if it did.
+
+    *error* is None for a success and a ``CancelledError`` for an answer that was abandoned. *exact* is False when
+    *usage* is a lower bound: the vendor had not told the final figures.
+    """
+
+    usage: Usage | None = None
+    error: BaseException | None = None
+    exact: bool = False
+
+
+class LimitState(msgspec.Struct, frozen=True, gc=False):
+    """One dimension of a vendor's rate-limit headers: limit, what remains, and seconds until it is full again."""
+
+    limit: int | None = None
+    remaining: int | None = None
+    reset_after: float | None = None
+
+
+class ObservedLimits(msgspec.Struct, frozen=True):
+    """What a response's headers say of the key's limits. A dimension the vendor did not mention is None."""
+
+    requests: LimitState | None = None
+    input_tokens: LimitState | None = None
+    output_tokens: LimitState | None = None
+    tokens: LimitState | None = None
+    """Input and output together (OpenAI), or the most restrictive of Anthropic's limits."""
+
+
+class KeyRef(NamedTuple):
+    """A key by its place in the configuration. It is safe to log: it does not hold the key."""
+
+    provider: str
+    number: int
+    """Counted from 1, as in the list ``api_keys``."""
+
+    @property
+    def id(self) -> str:
+        return f"{self.provider}/{self.number}"
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one call asks of the model beyond its messages. None means: not said, the vendor's default."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: str | tuple[str, ...] | None = None
+    n: int | None = None
+    timeout: float | None = None
+    """Seconds for the whole call: queue, attempts, backoff and stream. None: as long as it takes."""
+    unsupported: Literal["drop", "raise"] | None = None
+    """What to do with a sampling hint that the model refuses; None: as the configuration says."""
+    extra_body: dict[str, Any] | None = None
+    """Merged into the request's JSON body last, as it is."""
+    extra_headers: dict[str, str] | None = None
+
+
+class CallOptions(TypedDict, total=False):
+    """The keyword arguments of ``chat``, ``complete`` and ``stream_complete``; :class:`Options` explains them."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    seed: int | None
+    stop: str | list[str] | tuple[str, ...] | None
+    n: int | None
+    timeout: float | None
+    unsupported: Literal["drop", "raise"] | None
+    extra_body: dict[str, Any] | None
+    extra_headers: dict[str, str] | None
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What one attempt asks: the same for every dialect. *model* is settled when a key admits the call."""
+
+    messages: tuple[Message, ...]
+    model: str
+    options: Options = Options()
+    stream: bool = False
+
+
+class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A complete answer. ``print(response)`` prints its text."""
+
+    text: str
+    model: str
+    """The model that answered, as the vendor names it."""
+    usage: Usage
+    stop_reason: StopReason = StopReason.UNKNOWN
+    refusal: str | None = None
+    """The model's own words when it declined to answer."""
+    thinking: str = ""
+    alternatives: tuple[str, ...] = ()
+    """The texts of the further answers when ``n`` was more than one."""
+    id: str = ""
+    provider: str = ""
+    key_id: str = ""
+    """The key's place in the configuration, as ``anthropic/2``."""
+    request_id: str | None = None
+    """The vendor's name for the request: quote it to their support."""
+    warnings: tuple[str, ...] = ()
+    """What was asked and not sent because the model refuses it."""
+    body: bytes = b""
+    """The vendor's reply, byte for byte (of a stream: empty)."""
+
+    @property
+    def raw(self) -> Any:
+        """The vendor's reply as decoded JSON, None for a stream's."""
+        return msgspec.json.decode(self.body) if self.body else None
+
+    def on_settled(self, callback: SettledCallback) -> None:
+        """Call *callback* at once: a complete answer is settled."""
+        callback(Settlement(usage=self.usage, exact=True))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class StreamChunk(msgspec.Struct, frozen=True, gc=False):
+    """A piece of a streamed answer. ``print(chunk, end="")`` prints its text; the last piece has ``stop_reason``."""
+
+    text: str = ""
+    thinking: str = ""
+    refusal: str = ""
+    stop_reason: StopReason | None = None
+    usage: Usage | None = None
+    """Cumulative, on the pieces where the vendor sent it."""
+
+    @property
+    def has_content(self) -> bool:
+        """Whether the caller would miss something if this piece were lost."""
+        return bool(self.text or self.thinking or self.refusal)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Headers = Mapping[str, str]
+"""Response headers; names are lower case."""

@@ -1,0 +1,110 @@
+"""The contracts of the pipeline: a handler answers a call, a middleware wraps a handler."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Protocol, TypeAlias
+
+from ..core.exceptions import AttemptRecord
+from ..core.stream import ResponseStream
+from ..core.types import KeyRef, LLMResponse, ObservedLimits, Request, Settlement, Usage
+
+Reply: TypeAlias = "LLMResponse | ResponseStream"
+
+
+class Admission(Protocol):
+    """The permit of one attempt: which key and model it may use, and what it turned out to cost."""
+
+    key: KeyRef
+    model: str
+
+    def sent(self) -> None:
+        """A connection is in hand: from here on the attempt may be billed."""
+        ...
+
+    def observe(self, *, limits: ObservedLimits | None = None, usage: Usage | None = None) -> None:
+        """What the vendor has said before the attempt is over."""
+        ...
+
+    def settle(self, settlement: Settlement) -> None:
+        """The attempt is over: give back what it did not use. Idempotent, synchronous."""
+        ...
+
+    async def renew(self, call: Call) -> None:
+        """Wait for the next attempt's permit, perhaps on another key, keeping the call's place in the queue."""
+        ...
+
+
+class Call:
+    """Everything one call knows of itself; the one mutable record, owned by one task."""
+
+    __slots__ = (
+        "admission",
+        "attempts",
+        "deadline",
+        "id",
+        "model",
+        "provider",
+        "queued",
+        "request",
+        "started",
+        "stream",
+        "ticket",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        request: Request,
+        *,
+        provider: str,
+        model: str | None,
+        started: float,
+        deadline: float | None = None,
+    ) -> None:
+        self.id = id
+        self.request = request
+        self.provider = provider
+        self.model = model
+        """The model that was asked for; None lets the admitted key decide."""
+        self.started = started
+        self.deadline = deadline
+        """The instant by which the whole call must have ended, on the manager's clock."""
+        self.attempts: list[AttemptRecord] = []
+        self.admission: Admission | None = None
+        self.stream: ResponseStream | None = None
+        """The stream that the current attempt has opened, so that whoever gives the attempt up can close it."""
+        self.ticket: int | None = None
+        """Its place in the queue, kept over all attempts."""
+        self.queued = 0.0
+        """Seconds spent waiting for permits."""
+
+    def __repr__(self) -> str:
+        return f"<Call {self.id} {self.provider} {self.model or 'any model'}, {len(self.attempts)} attempts>"
+
+    def close_stream(self) -> None:
+        """Close what the attempt had opened, if it had."""
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.close()
+
+
+Handler: TypeAlias = Callable[[Call], Awaitable[Reply]]
+
+
+class Middleware(Protocol):
+    """Wraps a handler: sees the call on its way down and the reply on its way up."""
+
+    async def __call__(self, call: Call, handler: Handler, /) -> Reply: ...
+
+
+def compose(middleware: Iterable[Middleware], handler: Handler) -> Handler:
+    """One handler out of *handler* and the *middleware* around it, the first outermost."""
+    for layer in reversed(tuple(middleware)):
+        handler = partial(_through, layer, handler)
+    return handler
+
+
+def _through(layer: Middleware, handler: Handler, call: Call) -> Awaitable[Reply]:
+    return layer(call, handler)

@@ -1,0 +1,79 @@
+"""The port of a dialect: pure functions between our values and a vendor's HTTP. No socket, clock or environment."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from ..core.exceptions import LLMException
+from ..core.types import Headers, LLMResponse, ObservedLimits, Request, StopReason, StreamChunk, Usage
+from ..transports.base import HTTPRequest
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """A request ready to be sent, and what had to be left out of it."""
+
+    request: HTTPRequest
+    dropped: tuple[str, ...] = ()
+    """Names of the sampling hints that the model refuses and that were therefore not sent."""
+
+
+class StreamDecoder(Protocol):
+    """Bytes of one streamed answer in, chunks out; however the bytes were cut, the chunks are the same.
+
+    It never raises: when the stream says something is wrong, what came before is delivered and ``error`` is set.
+    """
+
+    error: LLMException | None
+    """Set once the stream has failed; feeding on does nothing."""
+    done: bool
+    """Whether the terminal event was decoded: only then the answer is whole."""
+    usage: Usage | None
+    """What the vendor has told so far, cumulative."""
+    stop_reason: StopReason | None
+    id: str
+    model: str
+
+    def feed(self, data: bytes) -> list[StreamChunk]:
+        """The chunks that *data* completes."""
+        ...
+
+    def end(self) -> list[StreamChunk]:
+        """The body has ended. Sets ``error`` to an LLMStreamInterruptedError unless the terminal event was seen."""
+        ...
+
+
+class Provider(Protocol):
+    """A dialect bound to one configured provider (base URL, versions, headers), but to no key."""
+
+    name: str
+    """The provider's name in the configuration."""
+    default_model: str | None
+    """What a key without a model of its own sends when the call names none; data, not code (``models.toml``)."""
+
+    def encode(self, request: Request, key: str) -> Encoded:
+        """The HTTP request for *request*. Raises LLMInvalidRequestError for what the model is known to refuse."""
+        ...
+
+    def decode(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMResponse:
+        """The answer in a complete body. Raises what ``classify`` says for a failure, under whatever status."""
+        ...
+
+    def stream_decoder(self, request: Request) -> StreamDecoder: ...
+
+    def classify(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMException:
+        """The error that a status other than 2xx means; never raises, whatever the body holds."""
+        ...
+
+    def limits(self, headers: Headers) -> ObservedLimits | None:
+        """The rate-limit headers, None without any. What cannot be read is left out; never raises."""
+        ...
+
+    def probe(self, key: str) -> HTTPRequest:
+        """A free request that shows whether *key* works."""
+        ...
+
+    def replacement(self, model: str) -> str | None:
+        """The successor of a model that the vendor has retired, None if *model* is not known to be retired."""
+        ...

@@ -1,0 +1,115 @@
+"""Many timers of one length for the price of one: a queue in order of expiry and a single timer of the loop.
+
+``asyncio.timeout`` leaves a cancelled handle in the loop's heap for every call that was in time; at some hundred
+concurrent calls sorting those costs more than the call's own bookkeeping. Timers of equal length expire in the order
+in which they were started, so no heap is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from .clock import Clock, TimerHandle
+
+
+class Alarms:
+    """Timers that all run *seconds* from their start."""
+
+    __slots__ = ("_clock", "_pending", "_timer", "seconds")
+
+    def __init__(self, seconds: float, clock: Clock) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._pending: OrderedDict[Alarm, None] = OrderedDict()
+        self._timer: TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def start(self, callback: Callable[[], object]) -> Alarm:
+        """Run *callback* once, *seconds* from now, unless the alarm is cancelled before."""
+        alarm = Alarm(self._pending, self._clock.now() + self.seconds, callback)
+        self._pending[alarm] = None
+        if self._timer is None:
+            self._timer = self._clock.call_at(alarm.when, self._ring)
+        return alarm
+
+    def close(self) -> None:
+        """Call off everything, the loop's timer included."""
+        self._pending.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = self._clock.now()
+        while self._pending:
+            alarm = next(iter(self._pending))
+            if alarm.when > now:
+                # The timer of a cancelled alarm rings in vain, then follows the oldest that still matters.
+                self._timer = self._clock.call_at(alarm.when, self._ring)
+                return
+            del self._pending[alarm]
+            alarm.callback()
+
+
+class Alarm:
+    """One running timer of an :class:`Alarms`."""
+
+    __slots__ = ("_pending", "callback", "when")
+
+    def __init__(self, pending: OrderedDict[Alarm, None], when: float, callback: Callable[[], object]) -> None:
+        self._pending = pending
+        self.when = when
+        self.callback = callback
+
+    def cancel(self) -> None:
+        """Call it off; does nothing when it has rung already."""
+        self._pending.pop(self, None)
+
+
+class Limit:
+    """A block that is given up when it takes too long: ``with Limit(alarms): await …`` raises ``TimeoutError``.
+
+    The same contract as ``asyncio.timeout``, on a shared timer: a cancellation from elsewhere passes untouched, and
+    when both happen the cancellation wins. With None for *alarms* there is no limit.
+    """
+
+    __slots__ = ("_alarm", "_alarms", "_cancelling", "_task", "expired")
+
+    def __init__(self, alarms: Alarms | None) -> None:
+        self._alarms = alarms
+        self._alarm: Alarm | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelling = 0
+        self.expired = False
+
+    def __enter__(self) -> Limit:
+        if self._alarms is not None:
+            self._task = asyncio.current_task()
+            assert self._task is not None, "a Limit needs a running task"
+            self._cancelling = self._task.cancelling()
+            self._alarm = self._alarms.start(self._expire)
+        return self
+
+    def _expire(self) -> None:
+        self.expired = True
+        assert self._task is not None
+        self._task.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        task, self._task = self._task, None
+        if self.expired and task is not None:
+            uncancelled = task.uncancel() <= self._cancelling
+            if uncancelled and kind is not None and issubclass(kind, asyncio.CancelledError):
+                raise TimeoutError from error
