@@ -1,0 +1,246 @@
+"""The command line: one subcommand for each thing that is worth doing without writing Python.
+
+A subcommand is a function that adds its parser and names the function that runs it; add it to `COMMANDS`. What is
+expensive to import is imported when the command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from .testing.simulator import SimulatorSettings
+
+# Any object with add_parser(): argparse's own type for it is private.
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+PROGRAM = "brimful"
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, or 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="An asynchronous layer between an application and its LLM vendors.",
+        epilog=f"'{PROGRAM} COMMAND --help' explains a command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    return run(arguments)
+
+
+# -- simulate -----------------------------------------------------------------------------------------------------
+
+
+def _add_simulate(commands: Subparsers) -> None:
+    parser = commands.add_parser(
+        "simulate",
+        help="serve a local imitation of the vendors' APIs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Serve a local imitation of the Anthropic Messages and OpenAI Chat Completions APIs: both dialects,\n"
+            "streaming and not, strict rate limits for each key, and failures on demand. Any key is accepted.\n"
+            "The first line printed says where it listens; Ctrl-C or SIGTERM ends it."
+        ),
+        epilog=(
+            "base URLs:\n"
+            "  Anthropic   http://HOST:PORT\n"
+            "  OpenAI      http://HOST:PORT/v1\n\n"
+            "example:\n"
+            f"  {PROGRAM} simulate --port 8080 --requests-per-minute 50 --latency 0.4:0.3 --tokens-per-second 80 \\\n"
+            "      --fault 529:0.05 --fault cut_stream:0.01"
+        ),
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=0, help="port to listen on; 0, the default, takes a free one")
+
+    limits = parser.add_argument_group("limits of each key (default: none)")
+    limits.add_argument("--requests-per-minute", type=_positive_int, metavar="N", help="requests in any window")
+    limits.add_argument("--input-tokens-per-minute", type=_positive_int, metavar="N", help="input tokens in any window")
+    limits.add_argument("--output-tokens-per-minute", type=_positive_int, metavar="N", help="output tokens, likewise")
+    limits.add_argument(
+        "--window-seconds", type=_positive, default=60.0, metavar="S", help="length of the window (default: 60)"
+    )
+    limits.add_argument(
+        "--output-counting",
+        choices=("produced", "reserve_max"),
+        default="produced",
+        help="count output as it is generated (default), or reserve max_tokens at admission",
+    )
+    limits.add_argument(
+        "--count-rejected",
+        choices=("vendor", "yes", "no"),
+        default="vendor",
+        help="do refused requests use up the request limit (default: as the vendor does: OpenAI's do)",
+    )
+
+    manner = parser.add_argument_group("answers")
+    manner.add_argument("--key", action="append", metavar="KEY", help="accept only this key (repeatable)")
+    manner.add_argument("--model", action="append", metavar="MODEL", help="serve only this model (repeatable)")
+    manner.add_argument(
+        "--latency",
+        type=_latency,
+        default=0.0,
+        metavar="S[:SPREAD]",
+        help="seconds to the first byte; with a spread, the median of a lognormal distribution",
+    )
+    manner.add_argument(
+        "--tokens-per-second", type=_not_negative, default=0.0, metavar="N", help="speed of the answer; 0: at once"
+    )
+    manner.add_argument("--reply-words", type=_positive_int, metavar="N", help="length of each answer (default: echo)")
+    manner.add_argument("--burst", action="store_true", help="write all events of a stream in one segment")
+
+    trouble = parser.add_argument_group("trouble")
+    trouble.add_argument(
+        "--fault",
+        action="append",
+        type=_fault,
+        default=[],
+        metavar="KIND:PROBABILITY",
+        help="let requests fail by chance (repeatable); an unknown KIND lists the known ones",
+    )
+    trouble.add_argument(
+        "--fault-seconds", type=_not_negative, default=1.0, metavar="S", help="how long a fault that waits does so"
+    )
+    trouble.add_argument("--seed", type=int, default=0, help="of the chances (default: %(default)s)")
+
+    record = parser.add_argument_group("record")
+    record.add_argument("--journal", metavar="FILE", help="write what arrives to FILE, a line of JSON at a time")
+    record.add_argument("--no-bodies", action="store_true", help="leave the requests' bodies out of the journal")
+    # For a parent that wants no orphans: it holds the other end of the pipe.
+    record.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from .testing.faults import FAULTS
+    from .testing.simulator import SimulatorSettings
+    from .testing.window import Limits
+
+    chances = dict(arguments.fault)
+    unknown = [name for name in chances if name not in FAULTS]
+    if unknown:
+        return _complain("simulate", f"--fault: unknown kind {unknown[0]!r}; known are {', '.join(FAULTS)}")
+    settings = SimulatorSettings(
+        host=arguments.host,
+        port=arguments.port,
+        limits=Limits(
+            requests=arguments.requests_per_minute,
+            input_tokens=arguments.input_tokens_per_minute,
+            output_tokens=arguments.output_tokens_per_minute,
+            window_seconds=arguments.window_seconds,
+        ),
+        output_counting=arguments.output_counting,
+        count_rejected={"vendor": None, "yes": True, "no": False}[arguments.count_rejected],
+        keys=arguments.key,
+        models=arguments.model,
+        latency=arguments.latency,
+        tokens_per_second=arguments.tokens_per_second,
+        burst=arguments.burst,
+        reply_words=arguments.reply_words,
+        faults=chances,
+        fault_seconds=arguments.fault_seconds,
+        seed=arguments.seed,
+        keep_bodies=not arguments.no_bodies,
+    )
+    try:
+        asyncio.run(_serve(settings, journal=arguments.journal, end_with_stdin=arguments.end_with_stdin))
+    except KeyboardInterrupt:
+        return 0
+    except OSError as error:
+        if error.filename is not None:
+            return _complain("simulate", f"cannot write {error.filename}: {os.strerror(error.errno or 0)}")
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        return _complain("simulate", f"cannot listen on {arguments.host}:{arguments.port}: {reason}")
+    return 0
+
+
+async def _serve(settings: SimulatorSettings, *, journal: str | None, end_with_stdin: bool) -> None:
+    from .testing.simulator import Simulator
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, ended.set)
+        except NotImplementedError:  # Windows: Ctrl-C arrives as KeyboardInterrupt
+            break
+    # Unbuffered: whoever reads the journal while it grows sees whole lines.
+    file = open(journal, "wb", buffering=0) if journal is not None else None  # noqa: ASYNC230, SIM115
+    try:
+        async with Simulator(settings, record=file.write if file is not None else None) as simulator:
+            print(f"listening on {simulator.url}", flush=True)
+            if end_with_stdin:
+                loop.add_reader(sys.stdin.fileno(), _read_stdin, ended)
+            await ended.wait()
+            if end_with_stdin:
+                loop.remove_reader(sys.stdin.fileno())
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _read_stdin(ended: asyncio.Event) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        ended.set()
+
+
+def _complain(command: str, message: str) -> int:
+    print(f"{PROGRAM} {command}: {message}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+# -- arguments: a ValueError or ArgumentTypeError becomes argparse's usage error ------------------------------------
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return port
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
+
+
+def _latency(text: str) -> float | tuple[float, float]:
+    median, colon, spread = text.partition(":")
+    return (_not_negative(median), _not_negative(spread)) if colon else _not_negative(median)
+
+
+def _fault(text: str) -> tuple[str, float]:
+    kind, colon, chance = text.rpartition(":")
+    if not colon or not 0 <= float(chance) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:PROBABILITY with a probability between 0 and 1")
+    return kind, float(chance)
+
+
+COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_simulate,)
