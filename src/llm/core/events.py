@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -80,19 +81,36 @@ class KeyRestored(Event, frozen=True, kw_only=True, tag=True, gc=False):
     key_id: str
 
 
-class Events:
-    """The port: layers ``publish``, listeners ``subscribe``. A full queue drops its oldest event and counts it."""
+ALL_EVENTS: tuple[type[Event], ...] = (
+    CallStarted,
+    CallQueued,
+    CallAdmitted,
+    AttemptFailed,
+    CallFinished,
+    KeyPaused,
+    KeyParked,
+    KeyRestored,
+)
 
-    __slots__ = ("_subscriptions", "published")
+MAX_FAULT_NAMES = 64
+"""Different faults that are counted apart; a bound, since exception classes are the user's."""
+
+
+class Events:
+    """The port: layers ``publish``, listeners ``subscribe`` (a bounded queue) or ``listen`` (called at once).
+
+    Ask ``wanted`` before building an event: when nobody listens, nothing is spent. It also counts the *faults* of
+    whatever must not fail a call: listeners, callbacks, logging, metrics.
+    """
+
+    __slots__ = ("_listeners", "_subscriptions", "faults", "published", "wanted")
 
     def __init__(self) -> None:
+        self._listeners: tuple[tuple[Callable[[Event], object], frozenset[type[Event]]], ...] = ()
         self._subscriptions: tuple[Subscription, ...] = ()
+        self.wanted: frozenset[type[Event]] = frozenset()
         self.published = 0
-
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens: build no event if not."""
-        return bool(self._subscriptions)
+        self.faults: dict[str, int] = {}
 
     @property
     def dropped(self) -> int:
@@ -100,19 +118,42 @@ class Events:
         return sum(subscription.dropped for subscription in self._subscriptions)
 
     def publish(self, event: Event) -> None:
-        """Hand *event* to every subscription; never blocks, never raises."""
+        """Hand *event* to everyone who wants it; never blocks, never raises."""
         self.published += 1
         for subscription in self._subscriptions:
             subscription._put(event)
+        for listener, kinds in self._listeners:
+            if type(event) in kinds:
+                try:
+                    listener(event)
+                except Exception as error:
+                    self.fault("listener", error)
+
+    def fault(self, where: str, error: BaseException) -> None:
+        """Count an exception that was kept from failing a call."""
+        name = f"{where}: {type(error).__name__}"
+        if name in self.faults or len(self.faults) < MAX_FAULT_NAMES:
+            self.faults[name] = self.faults.get(name, 0) + 1
 
     def subscribe(self, *, capacity: int = 1024) -> Subscription:
-        """Listen from now on, keeping at most *capacity* unread events. Close it, or use it in a ``with`` block."""
+        """Listen to everything from now on, keeping at most *capacity* unread events (the oldest are dropped)."""
         subscription = Subscription(self, capacity)
         self._subscriptions = (*self._subscriptions, subscription)
+        self._count_wanted()
         return subscription
+
+    def listen(self, listener: Callable[[Event], object], *kinds: type[Event]) -> None:
+        """Call *listener* with every event of *kinds* the moment it happens. It must be quick, and not block."""
+        self._listeners = (*self._listeners, (listener, frozenset(kinds)))
+        self._count_wanted()
 
     def _remove(self, subscription: Subscription) -> None:
         self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
+        self._count_wanted()
+
+    def _count_wanted(self) -> None:
+        wanted = frozenset(ALL_EVENTS) if self._subscriptions else frozenset()
+        self.wanted = wanted.union(*(kinds for _, kinds in self._listeners))
 
 
 class Subscription:

@@ -67,7 +67,9 @@ class LLMException(Exception):
 
     *retryable* says whether the same request may be repeated with the same key, *scope* whom the error is about,
     *retry_after* (seconds) when capacity returns if anybody said so, *sent* whether the request may have reached the
-    vendor. *key_id* names a key's place in the configuration (``anthropic/2``), never the key.
+    vendor. *key_id* names a key's place in the configuration (``anthropic/2``), never the key. *body* is the vendor's
+    reply, at most 64 KiB of it. Of a stream that failed, *partial* is the text that had arrived and *usage* what the
+    vendor had told of its cost.
     """
 
     default_scope: ClassVar[Scope] = Scope.REQUEST
@@ -88,6 +90,8 @@ class LLMException(Exception):
         retry_after: float | None = None,
         scope: Scope | None = None,
         body: bytes = b"",
+        partial: str = "",
+        usage: Any = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -102,6 +106,8 @@ class LLMException(Exception):
         self.retry_after = retry_after
         self.scope = self.default_scope if scope is None else scope
         self.body = body
+        self.partial = partial
+        self.usage = usage
         self.attempts: tuple[AttemptRecord, ...] = ()
 
     def __str__(self) -> str:
@@ -145,15 +151,10 @@ class LLMConnectionError(LLMException):
 
 
 class LLMStreamInterruptedError(LLMConnectionError):
-    """A stream ended without its terminal event. *partial* is the text that had arrived, *usage* what it cost so far.
+    """A stream ended without its terminal event; ``partial`` holds the text that had arrived.
 
-    Retryable only as long as no content was delivered; from then on the caller decides.
+    Repeated only as long as no content was delivered; from then on the caller decides.
     """
-
-    def __init__(self, message: str, *, partial: str = "", usage: Any = None, **facts: Any) -> None:
-        super().__init__(message, **facts)
-        self.partial = partial
-        self.usage = usage
 
 
 class LLMTimeoutError(LLMException):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -9,6 +10,8 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import msgspec
 
 SettledCallback = Callable[["Settlement"], None]
+FaultReporter = Callable[[str, BaseException], None]
+"""Told of an exception in something that must not fail a call: where it was, and what it was."""
 
 
 class MessageRole(StrEnum):
@@ -79,6 +82,21 @@ class Settlement(msgspec.Struct, frozen=True):
     usage: Usage | None = None
     error: BaseException | None = None
     exact: bool = False
+
+
+def run_settled(callback: SettledCallback, settlement: Settlement, report: FaultReporter | None) -> None:
+    """Run *callback*; an exception in it reaches the loop's exception handler and *report*, never the call."""
+    try:
+        callback(settlement)
+    except Exception as error:
+        if report is not None:
+            report("on_settled", error)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            # A finaliser may run after the loop's end; then the count has to do.
+            return
+        loop.call_exception_handler({"message": "an on_settled callback raised", "exception": error})
 
 
 class LimitState(msgspec.Struct, frozen=True, gc=False):
@@ -159,7 +177,7 @@ class Request(msgspec.Struct, frozen=True):
     stream: bool = False
 
 
-class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
+class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """A complete answer. ``print(response)`` prints its text."""
 
     text: str
@@ -189,8 +207,9 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.decode(self.body) if self.body else None
 
     def on_settled(self, callback: SettledCallback) -> None:
-        """Call *callback* at once: a complete answer is settled."""
-        callback(Settlement(usage=self.usage, exact=True))
+        """Call *callback* at once: a complete answer is settled. What it raises is reported, not passed on."""
+        # The endpoint leaves its reporter outside the fields, so that answers can be compared, copied and encoded.
+        run_settled(callback, Settlement(usage=self.usage, exact=True), self.__dict__.get("report"))
 
     def __str__(self) -> str:
         return self.text

@@ -1,0 +1,306 @@
+"""A streamed answer: a body that arrives, a decoder that reads it, and the promise that its end is never a lie.
+
+Theory of operation. The decoder says when the answer is whole (``done``: its terminal event was decoded) and when it is
+spoilt (``error``). Everything else that can end a stream — a cut connection, silence, a deadline, the reader going
+away — ends it *not* whole. Chunks decoded before a failure are delivered first, then the failure is raised, so what a
+reader sees depends on the events and never on how the network cut the bytes. A stream settles once: when the terminal
+event is decoded, or when it fails or is given up, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+from typing import Protocol, Self
+
+from ..utils.clock import Clock, TimerHandle
+from .exceptions import (
+    LLMConnectionError,
+    LLMDeadlineExceededError,
+    LLMException,
+    LLMStreamInterruptedError,
+    LLMTimeoutError,
+)
+from .types import (
+    FaultReporter,
+    LLMResponse,
+    SettledCallback,
+    Settlement,
+    StopReason,
+    StreamChunk,
+    Usage,
+    run_settled,
+)
+
+DRAIN_READS = 8
+"""Reads spent after the terminal event on reaching the body's end, so that the connection can be used again."""
+
+
+class Body(Protocol):
+    """The bytes of a stream; ``transports.base.TransportResponse`` is one."""
+
+    async def read_some(self) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Decoder(Protocol):
+    """The reader of the bytes; ``providers.base.StreamDecoder`` is one."""
+
+    error: LLMException | None
+    done: bool
+    usage: Usage | None
+    stop_reason: StopReason | None
+    id: str
+    model: str
+
+    def feed(self, data: bytes) -> list[StreamChunk]: ...
+
+    def end(self) -> list[StreamChunk]: ...
+
+
+class ResponseStream:
+    """One streamed answer: ``async for chunk in stream``. Close it, or use it in ``async with``.
+
+    *describe* completes an error with what the endpoint knows (provider, key, model) before it is raised.
+    """
+
+    __slots__ = (
+        "_body",
+        "_callbacks",
+        "_chunks",
+        "_content",
+        "_decoder",
+        "_describe",
+        "_error",
+        "_report",
+        "_settlement",
+        "_timer",
+        "key_id",
+        "provider",
+        "refusals",
+        "request_id",
+        "texts",
+        "thoughts",
+        "warnings",
+    )
+
+    def __init__(
+        self,
+        body: Body,
+        decoder: Decoder,
+        *,
+        provider: str = "",
+        key_id: str = "",
+        request_id: str | None = None,
+        warnings: tuple[str, ...] = (),
+        describe: Callable[[LLMException], object] | None = None,
+        report: FaultReporter | None = None,
+    ) -> None:
+        self._body = body
+        self._decoder = decoder
+        self._describe = describe
+        self._report = report
+        self._chunks: deque[StreamChunk] = deque()
+        self._callbacks: list[SettledCallback] = []
+        self._content = False
+        self._error: LLMException | None = None
+        self._settlement: Settlement | None = None
+        self._timer: TimerHandle | None = None
+        self.provider = provider
+        self.key_id = key_id
+        self.request_id = request_id
+        self.warnings = warnings
+        self.texts: list[str] = []
+        self.thoughts: list[str] = []
+        self.refusals: list[str] = []
+
+    def __repr__(self) -> str:
+        state = "open" if self._settlement is None else "whole" if self._decoder.done else "ended early"
+        return f"<ResponseStream {self.provider} {self.model}: {state}, {len(self.texts)} pieces of text>"
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the vendor has told so far of the cost; final once the stream is whole."""
+        return self._decoder.usage
+
+    @property
+    def model(self) -> str:
+        return self._decoder.model
+
+    @property
+    def stop_reason(self) -> StopReason | None:
+        """Why the model stopped; None until it has."""
+        return self._decoder.stop_reason
+
+    @property
+    def text(self) -> str:
+        """The text that has arrived so far."""
+        return "".join(self.texts)
+
+    @property
+    def settled(self) -> bool:
+        return self._settlement is not None
+
+    def response(self) -> LLMResponse:
+        """The whole answer, once the stream has ended well.
+
+        Raises:
+            LLMStreamInterruptedError: it has not.
+        """
+        if not self._decoder.done or self._error is not None:
+            raise LLMStreamInterruptedError("the stream has not been read to its end", partial=self.text)
+        return LLMResponse(
+            text=self.text,
+            model=self.model,
+            usage=self.usage or Usage(),
+            stop_reason=self.stop_reason or StopReason.UNKNOWN,
+            refusal="".join(self.refusals) or None,
+            thinking="".join(self.thoughts),
+            id=self._decoder.id,
+            provider=self.provider,
+            key_id=self.key_id,
+            request_id=self.request_id,
+            warnings=self.warnings,
+        )
+
+    def on_settled(self, callback: SettledCallback) -> None:
+        """Call *callback* once when the outcome is known, at once if it is. In order of registration.
+
+        It is synchronous and may run in a timer or a finaliser; what it raises is reported, not passed on.
+        """
+        if self._settlement is not None:
+            run_settled(callback, self._settlement, self._report)
+        else:
+            self._callbacks.append(callback)
+
+    async def start(self) -> None:
+        """Read until content is in hand, or the terminal event. A failure before that is raised: it may be repeated."""
+        while not self._content and not self._decoder.done:
+            if self._error is not None:
+                self._raise()
+            await self._read()
+
+    def set_deadline(self, deadline: float, clock: Clock) -> None:
+        """End the stream with LLMDeadlineExceededError at the instant *deadline*, also while nobody reads it."""
+        if self._settlement is None:
+            self._timer = clock.call_at(deadline, self._expire)
+
+    def close(self) -> None:
+        """Give the answer up, unless it is whole. Synchronous and idempotent; the socket is closed at once."""
+        if self._settlement is None:
+            self._settle(asyncio.CancelledError())
+            self._error = LLMStreamInterruptedError("the stream was closed before its end", partial=self.text)
+        self._body.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamChunk:
+        while not self._chunks:
+            if self._error is not None:
+                self._raise()
+            if self._decoder.done:
+                await self._drain()
+                raise StopAsyncIteration
+            await self._read()
+        return self._chunks.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _read(self) -> None:
+        """Take in what the next read brings: chunks, the end, or a failure."""
+        try:
+            data = await self._body.read_some()
+        except LLMException as error:
+            if self._error is None:
+                self._fail(self._interrupted(error))
+            return
+        except BaseException:
+            self.close()
+            raise
+        if self._settlement is not None:
+            # The deadline struck, or somebody closed the stream, while the bytes were on their way.
+            return
+        decoder = self._decoder
+        chunks = decoder.feed(data) if data else decoder.end()
+        for chunk in chunks:
+            self._chunks.append(chunk)
+            if chunk.text:
+                self.texts.append(chunk.text)
+                self._content = True
+            elif chunk.thinking:
+                self.thoughts.append(chunk.thinking)
+                self._content = True
+            elif chunk.refusal:
+                self.refusals.append(chunk.refusal)
+                self._content = True
+        if decoder.error is not None:
+            self._fail(decoder.error)
+        elif decoder.done:
+            self._settle(None)
+
+    def _interrupted(self, error: LLMException) -> LLMException:
+        """What a failure of the connection means here: before content it may be repeated, after it the answer is cut."""
+        if not self._content or not isinstance(error, (LLMConnectionError, LLMTimeoutError)):
+            return error
+        interrupted = LLMStreamInterruptedError(f"the stream was cut: {error.message}", sent=True)
+        interrupted.__cause__ = error.with_traceback(None)
+        return interrupted
+
+    def _expire(self) -> None:
+        self._timer = None
+        if self._settlement is None:
+            self._fail(LLMDeadlineExceededError("the call's deadline passed in the middle of its stream", sent=True))
+
+    def _fail(self, error: LLMException) -> None:
+        error.partial = self.text
+        if error.usage is None:
+            error.usage = self._decoder.usage
+        if self._describe is not None:
+            self._describe(error)
+        self._error = error
+        self._settle(error)
+        # A blocked read ends here: closing the body makes it raise.
+        self._body.close()
+
+    def _settle(self, error: BaseException | None) -> None:
+        if self._settlement is not None:
+            return
+        self._settlement = settlement = Settlement(usage=self._decoder.usage, error=error, exact=error is None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            run_settled(callback, settlement, self._report)
+
+    def _raise(self) -> None:
+        error = self._error
+        assert error is not None
+        try:
+            raise error
+        finally:
+            # The traceback holds this frame: what the frame held would live in a cycle, the prompt with it.
+            del self, error
+
+    async def _drain(self) -> None:
+        """Read on to the end of a whole answer's body, within bounds, so that its connection can be used again."""
+        body = self._body
+        try:
+            for _ in range(DRAIN_READS):
+                if not await body.read_some():
+                    return
+        except LLMException:
+            # The answer was whole; how the connection ends is of no interest to its reader.
+            return
+        finally:
+            body.close()
