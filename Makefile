@@ -1,0 +1,98 @@
+# `make demo` and `make test` do all their own set-up, in .venv. `make help` lists the rest.
+# Every path is relative, so that a checkout may lie in a folder with spaces in its name.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format unit test-long bench coverage check-wheel requirements clean setup
+
+# Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
+PYTHON ?=
+BIN := .venv/bin
+# Only what is there: examples and benches are checked as soon as they exist.
+CODE := $(wildcard src tests examples bench)
+TYPED := $(wildcard src/llm tests examples bench)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## say what there is to make
+	@awk -F ':[^#]*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: setup  ## the tour: every feature, against a simulator if no API key is in the environment
+	@$(BIN)/python examples/llm_usage.py
+
+# Everything is run and everything is told, also after a failure; the status is the worst.
+test: setup  ## all that must hold: style, types, layers, tests
+	@status=0; \
+	$(MAKE) --no-print-directory lint || status=1; \
+	$(MAKE) --no-print-directory unit || status=1; \
+	exit $$status
+
+lint: setup  ## style, types and layers alone
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy --strict $(TYPED)
+	PYTHONPATH=src $(BIN)/lint-imports --no-logo --no-cache
+
+unit: setup  ## the tests alone
+	$(BIN)/python -m pytest
+
+test-long: setup  ## the tests that take minutes of wall clock
+	$(BIN)/python -m pytest -m long --timeout 600; status=$$?; [ $$status -eq 5 ] && exit 0; exit $$status
+
+format: setup  ## put the code into the house style
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+coverage: setup  ## which lines no test runs
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage report
+
+bench: setup  ## what a call costs
+	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; \
+	else echo "There is no bench/run.py yet: nothing is measured."; fi
+
+check-wheel: setup  ## build, install in a clean environment outside the checkout, run the demo from there
+	@PYTHON="$(BIN)/python" sh requirements/check-wheel.sh
+
+requirements:  ## pin requirements/dev.in anew, with hashes
+	@set -e; $(FIND_PYTHON); \
+	"$$python" -m venv .tools; \
+	.tools/bin/python -m pip install --quiet pip-tools; \
+	cd requirements; \
+	../.tools/bin/pip-compile --quiet --upgrade --generate-hashes --strip-extras \
+	  --no-header --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-emit-options \
+	  --output-file dev.txt dev.in
+
+clean:  ## remove .venv and all that was made
+	rm -rf .venv .tools build dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# ---------------------------------------------------------------- set-up
+
+# A name on the path may be an empty promise (a version manager's shim), so each candidate is asked to run.
+define FIND_PYTHON
+python=; \
+for candidate in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11); do \
+  if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$candidate; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "No Python 3.11 or later found (tried: $(if $(PYTHON),$(PYTHON),python3 python3.14 python3.13 python3.12 python3.11))." >&2; \
+  echo "Install one, or name it: make PYTHON=/path/to/python3.11 test" >&2; \
+  exit 1; \
+fi
+endef
+
+setup: .venv/.ready
+
+# A .venv that was moved or has lost its interpreter is made anew; any other is only brought up to date.
+.venv/.ready: pyproject.toml requirements/dev.txt
+	@set -e; \
+	if ! $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	  $(FIND_PYTHON); \
+	  echo "Making .venv with $$python ..."; \
+	  "$$python" -m venv --clear .venv; \
+	fi; \
+	echo "Installing what requirements/dev.txt pins ..."; \
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt; \
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+	touch $@
