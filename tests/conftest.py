@@ -1,0 +1,78 @@
+"""What holds for every test: nothing blocks the event loop, nothing is left to chance in CI, nothing is skipped unseen."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from blockbuster import BlockBuster, blockbuster_ctx
+
+HERE = Path(__file__).parent
+
+# No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be one that can be repeated.
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_blocking_calls() -> Iterator[BlockBuster]:
+    """A blocking call while an event loop is running raises BlockingError, wherever it comes from.
+
+    It covers tests with a loop of their own (`asyncio.run`) too, hence the whole session. Importing and formatting
+    tracebacks are let through by blockbuster itself; the rest is here, each with its reason.
+    """
+    with blockbuster_ctx() as blockbuster:
+        # Sources of a traceback are read when an assertion fails inside a running loop.
+        blockbuster.functions["io.TextIOWrapper.read"].can_block_in("linecache.py", {"updatecache"})
+        blockbuster.functions["io.BufferedReader.read"].can_block_in("linecache.py", {"updatecache"})
+        yield blockbuster
+
+
+def allowed_skips(text: str) -> dict[str, str]:
+    """Read allowed_skips.txt: test identifiers and the reason why each may be skipped."""
+    allowed = {}
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#"):
+            test, _, reason = line.partition("  ")
+            if not reason.strip():
+                raise pytest.UsageError(f"allowed_skips.txt: {test} is listed without a reason")
+            allowed[test.strip()] = reason.strip()
+    return allowed
+
+
+class SkipWatch:
+    """A skipped test that allowed_skips.txt does not list makes the run fail; every skipped test is named at the end."""
+
+    def __init__(self, allowed: dict[str, str]) -> None:
+        self.allowed = allowed
+        self.skipped: list[str] = []
+
+    def unlisted(self) -> list[str]:
+        return [test for test in self.skipped if test.partition("[")[0] not in self.allowed]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self.skipped.append(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.unlisted() and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        unlisted = self.unlisted()
+        for test in self.skipped:
+            if test in unlisted:
+                terminalreporter.write_line(f"skipped, and not in allowed_skips.txt: {test}", red=True)
+            else:
+                terminalreporter.write_line(f"skipped: {test} ({self.allowed[test.partition('[')[0]]})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    allowed = allowed_skips((HERE / "allowed_skips.txt").read_text(encoding="utf-8"))
+    config.pluginmanager.register(SkipWatch(allowed), "skip-watch")

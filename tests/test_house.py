@@ -1,0 +1,220 @@
+"""The house: its names, its wheel, its layers, and what must not be in it."""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+import llm
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+NAMES = ("src.llm", "llm", "brimful")
+DEPTHS = ("", ".core", ".core.types", ".providers.base")
+
+
+def python(code: str, cwd: Path, *path: Path) -> str:
+    """Run *code* in a bare interpreter, where warnings are errors and only *path* is added to what can be imported."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("order", list(permutations(NAMES)), ids=" ".join)
+def test_three_names_are_one_module_at_every_depth_whichever_is_imported_first(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    code = f"""
+import importlib, sys
+for depth in {DEPTHS}:
+    first, second, third = (importlib.import_module(name + depth) for name in {order})
+    assert first is second is third
+    assert first.__name__ == first.__spec__.name == "llm" + depth
+    assert first.__package__ == first.__spec__.parent
+from llm.core.types import Message
+from src.llm.core.types import Message as Second
+from brimful.core.types import Message as Third
+assert Message is Second is Third
+"""
+    python(code, tmp_path, ROOT, ROOT / "src")
+
+
+@pytest.mark.parametrize("depth", [".providers.base", ".core.types"])
+def test_a_deep_module_may_be_what_is_imported_first(depth: str, tmp_path: Path) -> None:
+    for first in NAMES:
+        code = f"""
+import importlib
+modules = {{importlib.import_module(name + {depth!r}) for name in {(first, *NAMES)}}}
+assert len(modules) == 1, modules
+"""
+        python(code, tmp_path, ROOT, ROOT / "src")
+
+
+def test_with_only_the_root_on_the_path_the_examples_of_the_specification_import(tmp_path: Path) -> None:
+    code = """
+from src.llm import core
+from src.llm.core import exceptions
+import brimful.core.exceptions, llm
+assert llm.core is core is brimful.core
+assert llm.core.exceptions is exceptions is brimful.core.exceptions
+"""
+    python(code, tmp_path, ROOT)
+
+
+def test_with_only_the_source_folder_on_the_path_the_installed_name_imports(tmp_path: Path) -> None:
+    python("import brimful.core.types, llm; assert brimful is llm", tmp_path, ROOT / "src")
+
+
+def test_a_module_that_is_not_there_is_missed_under_the_name_that_was_asked_for() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'src\.llm\.nowhere'"):
+        importlib.import_module("src.llm.nowhere")
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'brimful\.core\.nowhere'"):
+        importlib.import_module("brimful.core.nowhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_package_runs_as_a_module_under_each_name(name: str, tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = [{name!r}, "--help"]
+try:
+    runpy.run_module({name!r}, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert "simulate" in python(code, tmp_path, ROOT, ROOT / "src")
+
+
+# ---------------------------------------------------------------- the public page
+
+
+def test_importing_the_package_loads_neither_the_http_library_nor_the_yaml_reader(tmp_path: Path) -> None:
+    code = """
+import sys, llm
+print(*[name for name in ("aiohttp", "yaml", "asyncio.subprocess", "sqlite3") if name in sys.modules])
+"""
+    assert python(code, tmp_path, ROOT / "src").split() == []
+
+
+def test_the_public_names_are_sorted_and_all_there() -> None:
+    assert list(llm.__all__) == sorted(llm.__all__)
+    assert [name for name in llm.__all__ if not hasattr(llm, name)] == []
+
+
+def test_inner_packages_are_empty_files() -> None:
+    inner = [path for path in (ROOT / "src" / "llm").rglob("__init__.py") if path.parent != ROOT / "src" / "llm"]
+    assert len(inner) >= 7
+    assert [path for path in inner if path.stat().st_size] == []
+
+
+# ---------------------------------------------------------------- what is built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(ROOT)]
+    done = subprocess.run(command, cwd=target, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_brimful_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {"brimful", "brimful-0.1.0.dist-info"}
+    assert not [name for name in names if "__pycache__" in name or name.endswith("_alias.py")]
+
+
+def test_the_wheel_holds_all_of_the_package_with_its_data(wheel: Path) -> None:
+    source = ROOT / "src" / "llm"
+    expected = {f"brimful/{path.relative_to(source).as_posix()}" for path in source.rglob("*") if path.is_file()}
+    expected = {name for name in expected if "__pycache__" not in name}
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("brimful/")}
+    assert shipped == expected
+    assert {"brimful/py.typed", "brimful/providers/models.toml"} <= shipped
+
+
+def test_the_wheel_requires_three_distributions_and_a_python(wheel: Path) -> None:
+    (name,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")]
+    metadata = Parser().parsestr(zipfile.ZipFile(wheel).read(name).decode())
+    required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert sorted(re.split(r"[^A-Za-z]", line)[0] for line in required) == ["aiohttp", "msgspec", "pyyaml"]
+    assert metadata["Requires-Python"] == ">=3.11"
+
+
+def test_development_installs_what_the_package_requires() -> None:
+    wanted = (ROOT / "requirements" / "dev.in").read_text(encoding="utf-8").splitlines()
+    assert set(PYPROJECT["project"]["dependencies"]) <= set(wanted)
+
+
+# ---------------------------------------------------------------- what must not be there
+
+
+def tracked() -> list[Path]:
+    """Files under version control, or of an unpacked source distribution, that hold text."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        files = [ROOT / name for name in listed if name]
+    else:
+        files = [path for path in ROOT.rglob("*") if not {".venv", "dist", "__pycache__"} & set(path.parts)]
+    return [path for path in files if path.is_file() and b"\0" not in path.read_bytes()]
+
+
+def test_no_file_names_an_index_host_or_a_path_of_somebodys_machine() -> None:
+    # Put together here, or this file would be the first to fail.
+    hosts = [left + right for left, right in [("py", "pi.org"), ("python", "hosted"), ("registry.npm", "js")]]
+    machine = re.compile(r"(?:^|[^A-Za-z0-9._/-])/(?:work|root|home|Users)/[A-Za-z.]|" + "|".join(map(re.escape, hosts)))
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
+        for path in tracked()
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
+        if machine.search(line)
+    ]
+    assert found == []
+
+
+# ---------------------------------------------------------------- the layers
+
+PLANTED = {
+    "Arrows point down": ("utils/planted.py", "from ..core import pool\n"),
+    "Folders meet only at their base": ("providers/planted.py", "from ..transports import planted_too\n"),
+    "Middleware do not know each other": ("middleware/planted.py", "from . import planted_too\n"),
+}
+
+
+@pytest.mark.parametrize(("contract", "place", "line"), [(name, *rest) for name, rest in PLANTED.items()])
+def test_an_import_against_the_layers_is_caught(contract: str, place: str, line: str, tmp_path: Path) -> None:
+    """The contracts themselves are checked by `make lint`; here, that they can fail."""
+    shutil.copytree(ROOT / "src" / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder in ("middleware", "transports"):
+        (tmp_path / "llm" / folder / "planted_too.py").touch()
+    (tmp_path / "llm" / place).write_text(line, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    verdicts = [row for row in done.stdout.splitlines() if "BROKEN" in row]
+    assert [row for row in verdicts if row.startswith(contract)], done.stdout
