@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format unit test-long bench coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-long bench coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -20,17 +20,20 @@ help:  ## say what there is to make
 demo: setup  ## the tour: every feature, against a simulator if no API key is in the environment
 	@$(BIN)/python examples/llm_usage.py
 
-# Everything is run and everything is told, also after a failure; the status is the worst.
+# Everything is run and everything is told, also after a failure.
 test: setup  ## all that must hold: style, types, layers, tests
-	@status=0; \
-	$(MAKE) --no-print-directory lint || status=1; \
-	$(MAKE) --no-print-directory unit || status=1; \
-	exit $$status
+	@$(MAKE) --no-print-directory --keep-going style types layers unit
 
-lint: setup  ## style, types and layers alone
+lint: style types layers  ## all but the tests
+
+style: setup
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+
+types: setup
 	$(BIN)/mypy --strict $(TYPED)
+
+layers: setup
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo --no-cache
 
 unit: setup  ## the tests alone

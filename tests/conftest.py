@@ -1,4 +1,4 @@
-"""What holds for every test: nothing blocks the event loop, nothing is left to chance in CI, nothing is skipped unseen."""
+"""What holds for every test: nothing blocks the event loop, nothing is skipped unseen, CI leaves nothing to chance."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 
 HERE = Path(__file__).parent
 
-# No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be one that can be repeated.
+# No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be repeatable.
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -43,7 +43,7 @@ def allowed_skips(text: str) -> dict[str, str]:
 
 
 class SkipWatch:
-    """A skipped test that allowed_skips.txt does not list makes the run fail; every skipped test is named at the end."""
+    """Names every skipped test at the end, and makes the run fail for one that allowed_skips.txt does not list."""
 
     def __init__(self, allowed: dict[str, str]) -> None:
         self.allowed = allowed

@@ -107,7 +107,7 @@ except SystemExit as end:
 def test_importing_the_package_loads_neither_the_http_library_nor_the_yaml_reader(tmp_path: Path) -> None:
     code = """
 import sys, llm
-print(*[name for name in ("aiohttp", "yaml", "asyncio.subprocess", "sqlite3") if name in sys.modules])
+print(*[name for name in ("aiohttp", "yaml", "sqlite3") if name in sys.modules])
 """
     assert python(code, tmp_path, ROOT / "src").split() == []
 
@@ -181,12 +181,13 @@ def tracked() -> list[Path]:
 def test_no_file_names_an_index_host_or_a_path_of_somebodys_machine() -> None:
     # Put together here, or this file would be the first to fail.
     hosts = [left + right for left, right in [("py", "pi.org"), ("python", "hosted"), ("registry.npm", "js")]]
-    machine = re.compile(r"(?:^|[^A-Za-z0-9._/-])/(?:work|root|home|Users)/[A-Za-z.]|" + "|".join(map(re.escape, hosts)))
+    machine = r"(?:^|[^A-Za-z0-9._/-])/(?:work|root|home|Users)/[A-Za-z.]"
+    unwanted = re.compile("|".join([machine, *map(re.escape, hosts)]))
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in tracked()
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1)
-        if machine.search(line)
+        if unwanted.search(line)
     ]
     assert found == []
 
@@ -218,3 +219,94 @@ def test_an_import_against_the_layers_is_caught(contract: str, place: str, line:
     assert done.returncode == 1, done.stdout + done.stderr
     verdicts = [row for row in done.stdout.splitlines() if "BROKEN" in row]
     assert [row for row in verdicts if row.startswith(contract)], done.stdout
+
+
+# ---------------------------------------------------------------- what holds for every test
+
+PLANTED_TESTS = """
+import asyncio, time
+
+async def test_sleeps():
+    time.sleep(0.001)
+
+async def test_opens_a_blocking_socket():
+    import socket
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+        client.connect(server.getsockname())
+
+def test_sleeps_in_a_loop_of_its_own():
+    async def main():
+        time.sleep(0.001)
+    asyncio.run(main())
+
+async def test_reads_a_file():
+    open(__file__).read()
+
+async def test_warns():
+    async def never_awaited(): ...
+    never_awaited()
+"""
+INNOCENT_TESTS = """
+import asyncio, logging
+import pytest
+
+async def test_prints_logs_imports_and_talks(capsys):
+    import aiohttp, yaml, sqlite3
+    from aiohttp import web
+    print("text")
+    logging.getLogger("planted").warning("text")
+    async def answer(request):
+        return web.Response(text="yes")
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "localhost", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    async with aiohttp.ClientSession() as session, session.get(f"http://localhost:{port}/") as response:
+        assert await response.text() == "yes"
+    await runner.cleanup()
+
+async def test_formats_a_traceback():
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        logging.getLogger("planted").exception("text")
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_skipped(n):
+    pytest.skip("because")
+"""
+
+
+def planted(tmp_path: Path, tests: str, allowed: str = "") -> subprocess.CompletedProcess[str]:
+    """Run *tests* in a folder of their own, under this project's conftest.py and settings."""
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests" / "allowed_skips.txt").write_text(allowed, encoding="utf-8")
+    (tmp_path / "tests" / "test_planted.py").write_text(tests, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+
+def test_what_blocks_the_event_loop_or_warns_fails_its_test(tmp_path: Path) -> None:
+    done = planted(tmp_path, PLANTED_TESTS)
+    assert "5 failed" in done.stdout.splitlines()[-1], done.stdout
+    assert done.stdout.count("BlockingError: Blocking call to") >= 4
+
+
+def test_a_skip_passes_only_with_a_reason_in_the_list(tmp_path: Path) -> None:
+    for name, allowed, code in [
+        ("unlisted", "", 1),
+        ("listed", "tests/test_planted.py::test_skipped  there is no such machine here", 0),
+        ("without-reason", "tests/test_planted.py::test_skipped", 4),
+    ]:
+        (tmp_path / name).mkdir()
+        done = planted(tmp_path / name, INNOCENT_TESTS, allowed)
+        assert done.returncode == code, done.stdout + done.stderr
+        if code == 1:
+            assert "not in allowed_skips.txt: tests/test_planted.py::test_skipped[1]" in done.stdout
+        if code == 0:
+            assert "test_skipped[2] (there is no such machine here)" in done.stdout
