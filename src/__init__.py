@@ -1,4 +1,4 @@
-"""The root of a checkout is on the path: `src.llm` and `brimful` name the package `llm` in this folder. Never shipped."""
+"""With the root of a checkout on the path, `src.llm` and `brimful` name `llm` in this folder. Never shipped."""
 
 from ._alias import install
 

@@ -1,7 +1,7 @@
 """The names of a checkout: `src.llm` and `brimful` are `llm`, the same module objects at every depth.
 
-A wheel carries the tree as `brimful`; in a checkout it is the package `llm` in the folder `src`, and the documentation says
-`from src.llm import …`. Two names for one file would make two modules, with two sets of classes that `except` and
+A wheel carries the tree as `brimful`; in a checkout it is the package `llm` in the folder `src`, and the documentation
+says `from src.llm import …`. Two names for one file would make two modules, with two sets of classes that `except` and
 `isinstance` tell apart. So whoever asks for an alias is handed the real module. This file is never shipped in a wheel.
 """
 
