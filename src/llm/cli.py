@@ -62,14 +62,14 @@ def _add_simulate(commands: Subparsers) -> None:
         ),
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=_port, default=0, help="port to listen on; 0, the default, takes a free one")
+    parser.add_argument("--port", type=port, default=0, help="port to listen on; 0, the default, takes a free one")
 
     limits = parser.add_argument_group("limits of each key (default: none)")
-    limits.add_argument("--requests-per-minute", type=_positive_int, metavar="N", help="requests in any window")
-    limits.add_argument("--input-tokens-per-minute", type=_positive_int, metavar="N", help="input tokens in any window")
-    limits.add_argument("--output-tokens-per-minute", type=_positive_int, metavar="N", help="output tokens, likewise")
+    limits.add_argument("--requests-per-minute", type=whole_number, metavar="N", help="requests in any window")
+    limits.add_argument("--input-tokens-per-minute", type=whole_number, metavar="N", help="input tokens in any window")
+    limits.add_argument("--output-tokens-per-minute", type=whole_number, metavar="N", help="output tokens, likewise")
     limits.add_argument(
-        "--window-seconds", type=_positive, default=60.0, metavar="S", help="length of the window (default: 60)"
+        "--window-seconds", type=positive_number, default=60.0, metavar="S", help="length of the window (default: 60)"
     )
     limits.add_argument(
         "--output-counting",
@@ -89,28 +89,28 @@ def _add_simulate(commands: Subparsers) -> None:
     manner.add_argument("--model", action="append", metavar="MODEL", help="serve only this model (repeatable)")
     manner.add_argument(
         "--latency",
-        type=_latency,
+        type=latency,
         default=0.0,
         metavar="S[:SPREAD]",
         help="seconds to the first byte; with a spread, the median of a lognormal distribution",
     )
     manner.add_argument(
-        "--tokens-per-second", type=_not_negative, default=0.0, metavar="N", help="speed of the answer; 0: at once"
+        "--tokens-per-second", type=number, default=0.0, metavar="N", help="speed of the answer; 0: at once"
     )
-    manner.add_argument("--reply-words", type=_positive_int, metavar="N", help="length of each answer (default: echo)")
+    manner.add_argument("--reply-words", type=whole_number, metavar="N", help="length of each answer (default: echo)")
     manner.add_argument("--burst", action="store_true", help="write all events of a stream in one segment")
 
     trouble = parser.add_argument_group("trouble")
     trouble.add_argument(
         "--fault",
         action="append",
-        type=_fault,
+        type=fault,
         default=[],
         metavar="KIND:PROBABILITY",
         help="let requests fail by chance (repeatable); an unknown KIND lists the known ones",
     )
     trouble.add_argument(
-        "--fault-seconds", type=_not_negative, default=1.0, metavar="S", help="how long a fault that waits does so"
+        "--fault-seconds", type=number, default=1.0, metavar="S", help="how long a fault that waits does so"
     )
     trouble.add_argument("--seed", type=int, default=0, help="of the chances (default: %(default)s)")
 
@@ -200,43 +200,43 @@ def _complain(command: str, message: str) -> int:
     return USAGE_ERROR
 
 
-# -- arguments: a ValueError or ArgumentTypeError becomes argparse's usage error ------------------------------------
+# -- arguments: the name of the function is the word in argparse's complaint ----------------------------------------
 
 
-def _port(text: str) -> int:
-    port = int(text)
-    if not 0 <= port <= 65535:
+def port(text: str) -> int:
+    found = int(text)
+    if not 0 <= found <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
-    return port
+    return found
 
 
-def _positive_int(text: str) -> int:
-    number = int(text)
-    if number <= 0:
+def whole_number(text: str) -> int:
+    found = int(text)
+    if found <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
+    return found
 
 
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
+def positive_number(text: str) -> float:
+    found = float(text)
+    if not 0 < found < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return found
 
 
-def _not_negative(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
+def number(text: str) -> float:
+    found = float(text)
+    if not 0 <= found < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return number
+    return found
 
 
-def _latency(text: str) -> float | tuple[float, float]:
+def latency(text: str) -> float | tuple[float, float]:
     median, colon, spread = text.partition(":")
-    return (_not_negative(median), _not_negative(spread)) if colon else _not_negative(median)
+    return (number(median), number(spread)) if colon else number(median)
 
 
-def _fault(text: str) -> tuple[str, float]:
+def fault(text: str) -> tuple[str, float]:
     kind, colon, chance = text.rpartition(":")
     if not colon or not 0 <= float(chance) <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not KIND:PROBABILITY with a probability between 0 and 1")

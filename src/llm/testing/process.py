@@ -98,9 +98,9 @@ class SimulatorProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.startswith(_LISTENING):
-            complaint = self._process.communicate()[1]
+            complaint = self._process.communicate()[1].strip().splitlines()
             self.close()
-            raise RuntimeError(f"the simulator did not start: {(line + complaint).strip()}")
+            raise RuntimeError(f"the simulator did not start: {complaint[-1] if complaint else line.strip()}")
         self.url = line[len(_LISTENING) :].strip()
 
     def read_journal(self) -> list[Arrival]:
