@@ -119,7 +119,7 @@ async def test_code_that_spins_does_not_hang_the_clock() -> None:
     clock = FakeClock()
 
     async def spin() -> None:
-        while True:  # noqa: ASYNC110 - it is the bad example
+        while True:
             await asyncio.sleep(0)
 
     task = asyncio.create_task(spin())
