@@ -20,13 +20,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 def no_blocking_calls() -> Iterator[BlockBuster]:
     """A blocking call while an event loop is running raises BlockingError, wherever it comes from.
 
-    It covers tests with a loop of their own (`asyncio.run`) too, hence the whole session. Importing and formatting
-    tracebacks are let through by blockbuster itself; the rest is here, each with its reason.
+    It covers tests with a loop of their own (`asyncio.run`) too, hence the whole session. Blockbuster itself lets
+    imports and tracebacks read their files; nothing else has needed an allowance. One that does belongs here, with its
+    reason: `blockbuster.functions["os.stat"].can_block_in("file.py", {"function"})`.
     """
     with blockbuster_ctx() as blockbuster:
-        # Sources of a traceback are read when an assertion fails inside a running loop.
-        blockbuster.functions["io.TextIOWrapper.read"].can_block_in("linecache.py", {"updatecache"})
-        blockbuster.functions["io.BufferedReader.read"].can_block_in("linecache.py", {"updatecache"})
         yield blockbuster
 
 
