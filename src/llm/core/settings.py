@@ -34,6 +34,13 @@ class Secret:
     def __hash__(self) -> int:
         return hash((Secret, self.__value))
 
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
+        # Without this, copies would be made like pickles: settings that were copied would send `***`.
+        return self
+
     def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
         # A pickle is a file somebody else may read; what comes back is as blank as the repr.
         return (Secret, ("***",))

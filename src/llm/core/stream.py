@@ -10,10 +10,11 @@ event is decoded, or when it fails or is given up, whichever comes first.
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NoReturn, Protocol, Self
 
 from ..utils.clock import Clock, TimerHandle
 from .exceptions import (
@@ -35,7 +36,8 @@ from .types import (
 )
 
 DRAIN_READS = 8
-"""Reads spent after the terminal event on reaching the body's end, so that the connection can be used again."""
+DRAIN_SECONDS = 1.0
+"""What is spent after the terminal event on reaching the body's end, so that the connection can be used again."""
 
 
 class Body(Protocol):
@@ -71,6 +73,7 @@ class ResponseStream:
         "_body",
         "_callbacks",
         "_chunks",
+        "_clock",
         "_content",
         "_decoder",
         "_describe",
@@ -92,6 +95,7 @@ class ResponseStream:
         body: Body,
         decoder: Decoder,
         *,
+        clock: Clock,
         provider: str = "",
         key_id: str = "",
         request_id: str | None = None,
@@ -101,6 +105,7 @@ class ResponseStream:
     ) -> None:
         self._body = body
         self._decoder = decoder
+        self._clock = clock
         self._describe = describe
         self._report = report
         self._chunks: deque[StreamChunk] = deque()
@@ -183,10 +188,10 @@ class ResponseStream:
                 self._raise()
             await self._read()
 
-    def set_deadline(self, deadline: float, clock: Clock) -> None:
+    def set_deadline(self, deadline: float) -> None:
         """End the stream with LLMDeadlineExceededError at the instant *deadline*, also while nobody reads it."""
         if self._settlement is None:
-            self._timer = clock.call_at(deadline, self._expire)
+            self._timer = self._clock.call_at(deadline, self._expire)
 
     def close(self) -> None:
         """Give the answer up, unless it is whole. Synchronous and idempotent; the socket is closed at once."""
@@ -283,24 +288,30 @@ class ResponseStream:
         for callback in callbacks:
             run_settled(callback, settlement, self._report)
 
-    def _raise(self) -> None:
+    def _raise(self) -> NoReturn:
         error = self._error
         assert error is not None
+        assert self._settlement is not None
+        # A raised error's traceback holds the reader's frames, and so this stream: keeping a bare twin instead of the
+        # error itself spares a cycle in which the prompt would live on.
+        self._error = copy.copy(error)
+        self._settlement = Settlement(usage=self._settlement.usage, error=self._error)
         try:
             raise error
         finally:
-            # The traceback holds this frame: what the frame held would live in a cycle, the prompt with it.
-            del self, error
+            del error
 
     async def _drain(self) -> None:
         """Read on to the end of a whole answer's body, within bounds, so that its connection can be used again."""
         body = self._body
+        timer = self._clock.call_at(self._clock.now() + DRAIN_SECONDS, body.close)
         try:
             for _ in range(DRAIN_READS):
                 if not await body.read_some():
                     return
         except LLMException:
-            # The answer was whole; how the connection ends is of no interest to its reader.
+            # The answer was whole: how its connection ends is of no interest to the reader.
             return
         finally:
+            timer.cancel()
             body.close()

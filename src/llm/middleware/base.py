@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol, TypeAlias
 
-from ..core.exceptions import AttemptRecord
+from ..core.exceptions import AttemptRecord, LLMException
+from ..core.settings import LimitSettings
 from ..core.stream import ResponseStream
 from ..core.types import KeyRef, LLMResponse, ObservedLimits, Request, Settlement, Usage
 
@@ -33,6 +34,63 @@ class Admission(Protocol):
 
     async def renew(self, call: Call) -> None:
         """Wait for the next attempt's permit, perhaps on another key, keeping the call's place in the queue."""
+        ...
+
+
+class PoolKey(Protocol):
+    """A key as admission sees it."""
+
+    @property
+    def ref(self) -> KeyRef: ...
+
+    @property
+    def model(self) -> str | None:
+        """The key's own model; None if the call has to name one."""
+        ...
+
+    @property
+    def limits(self) -> LimitSettings: ...
+
+    @property
+    def available_at(self) -> float:
+        """The instant from which the key may be used: past if now, infinity while it is parked."""
+        ...
+
+
+class Lease(Protocol):
+    """A pooled client, taken for one attempt."""
+
+    @property
+    def key(self) -> PoolKey: ...
+
+
+class KeyPool(Protocol):
+    """What admission needs of the pool. Nothing here waits."""
+
+    default_model: str | None
+
+    def route(self, model: str | None) -> Sequence[PoolKey]:
+        """The keys that could take a call for *model*, in the order of the configuration."""
+        ...
+
+    def rotation(self, route: Sequence[PoolKey]) -> Iterable[PoolKey]:
+        """*route* in the order in which its keys should be tried now."""
+        ...
+
+    def lease(self, key: PoolKey) -> Lease | None:
+        """A client for *key*, or None while all clients are busy."""
+        ...
+
+    def release(self, lease: Lease, error: BaseException | None) -> None:
+        """The attempt is over, with *error* if it failed: the client is free, and the key learns from the error."""
+        ...
+
+    def refusal(self, route: Sequence[PoolKey]) -> LLMException | None:
+        """Why no key of *route* will be of use however long one waits, or None."""
+        ...
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call *callback* whenever a key's state has changed."""
         ...
 
 

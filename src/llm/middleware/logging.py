@@ -1,0 +1,186 @@
+"""Logging: one record a call, one a noteworthy event, and the details of every attempt at DEBUG.
+
+Records go to the logger ``brimful`` with their facts in ``extra``, so that a JSON formatter has them as fields. Prompts
+and answers appear only when ``content`` is switched on, and then only at DEBUG. A handler that raises is counted and
+never fails a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from functools import partial
+
+from ..core.events import AttemptFailed, CallQueued, Event, Events, KeyParked, KeyPaused, KeyRestored
+from ..core.exceptions import LLMException
+from ..core.types import LLMResponse, Settlement, Usage
+from ..utils.clock import Clock
+from .base import Call, Handler, Reply
+
+NO_USAGE = Usage()
+
+
+class LoggingMiddleware:
+    """``calls`` stands at the top of the stack and writes one record a call; ``attempts`` details each attempt.
+
+    Used alone it is ``calls``. What happens between the two (retries, long waits, parked keys) comes as *events*.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        events: Events | None = None,
+        content: bool = False,
+        logger: logging.Logger | None = None,
+    ) -> None:
+        self._clock = clock
+        self._events = events if events is not None else Events()
+        self._content = content
+        self._logger = logger if logger is not None else logging.getLogger("brimful")
+        self._events.listen(self._on_event, AttemptFailed, CallQueued, KeyPaused, KeyParked, KeyRestored)
+
+    async def __call__(self, call: Call, handler: Handler, /) -> Reply:
+        return await self.calls(call, handler)
+
+    async def calls(self, call: Call, handler: Handler, /) -> Reply:
+        """One record a call: INFO when it was answered or given up, ERROR when it failed."""
+        try:
+            reply = await handler(call)
+        except BaseException as error:
+            self._record(call, Settlement(error=error))
+            raise
+        if type(reply) is LLMResponse:
+            if self._logger.isEnabledFor(logging.INFO):
+                self._record(call, Settlement(usage=reply.usage, exact=True))
+        else:
+            reply.on_settled(partial(self._record, call))
+        return reply
+
+    async def attempts(self, call: Call, handler: Handler, /) -> Reply:
+        """The details of each attempt, at DEBUG."""
+        if not self._logger.isEnabledFor(logging.DEBUG):
+            return await handler(call)
+        started = self._clock.now()
+        self._debug_request(call)
+        try:
+            reply = await handler(call)
+        except BaseException as error:
+            self._write(
+                logging.DEBUG,
+                "attempt failed after %.3f s: %s: %s",
+                self._clock.now() - started,
+                type(error).__name__,
+                error,
+                call=call,
+            )
+            raise
+        self._debug_reply(call, reply, self._clock.now() - started)
+        return reply
+
+    def _record(self, call: Call, settlement: Settlement) -> None:
+        error = settlement.error
+        duration = self._clock.now() - call.started
+        admission = call.admission
+        facts: dict[str, object] = {
+            "provider": call.provider,
+            "model": call.model or (admission.model if admission is not None else None),
+            "key_id": admission.key.id if admission is not None else None,
+            "stream": call.request.stream,
+            "attempts": len(call.attempts),
+            "duration": duration,
+            "queued": call.queued,
+        }
+        if error is None:
+            usage = settlement.usage or NO_USAGE
+            facts["input_tokens"] = usage.input_tokens
+            facts["output_tokens"] = usage.output_tokens
+            self._write(
+                logging.INFO,
+                "answered by %s in %.3f s (%d tokens in, %d out, %d attempts)",
+                facts["model"],
+                duration,
+                usage.input_tokens,
+                usage.output_tokens,
+                len(call.attempts),
+                call=call,
+                **facts,
+            )
+        elif isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)):
+            self._write(logging.INFO, "given up by the caller after %.3f s", duration, call=call, **facts)
+        else:
+            facts["error"] = type(error).__name__
+            if isinstance(error, LLMException):
+                facts["status"] = error.status
+                facts["code"] = error.code
+                facts["request_id"] = error.request_id
+            self._write(
+                logging.ERROR,
+                "failed after %.3f s and %d attempts: %s: %s",
+                duration,
+                len(call.attempts),
+                type(error).__name__,
+                error,
+                call=call,
+                **facts,
+            )
+
+    def _on_event(self, event: Event) -> None:
+        match event:
+            case AttemptFailed(retry_in=None):
+                # The call's own ERROR record follows.
+                return
+            case AttemptFailed():
+                self._warn(event, f"attempt {event.attempt} failed with {event.error}, next in {event.retry_in:.2f} s")
+            case CallQueued():
+                self._warn(event, f"waiting for capacity for {event.waited:.0f} s, {event.ahead} other calls queued")
+            case KeyPaused():
+                self._warn(event, f"key {event.key_id} is paused for {event.seconds:.1f} s")
+            case KeyParked():
+                self._warn(event, f"key {event.key_id} is parked: {event.reason}")
+            case KeyRestored():
+                self._warn(event, f"key {event.key_id} works again")
+
+    def _warn(self, event: Event, text: str) -> None:
+        if self._logger.isEnabledFor(logging.WARNING):
+            facts = {name: getattr(event, name) for name in event.__struct_fields__}
+            self._logger.warning("%s: %s", event.call_id or event.provider, text, extra=facts)
+
+    def _debug_request(self, call: Call) -> None:
+        request = call.request
+        admission = call.admission
+        facts: dict[str, object] = {
+            "provider": call.provider,
+            "model": admission.model if admission is not None else call.model,
+            "key_id": admission.key.id if admission is not None else None,
+            "attempt": len(call.attempts) + 1,
+        }
+        if self._content:
+            facts["messages"] = [{"role": str(m.role), "content": m.content} for m in request.messages]
+        self._write(
+            logging.DEBUG,
+            "attempt %d: %d messages to %s",
+            len(call.attempts) + 1,
+            len(request.messages),
+            facts["model"],
+            call=call,
+            **facts,
+        )
+
+    def _debug_reply(self, call: Call, reply: Reply, duration: float) -> None:
+        facts: dict[str, object] = {"duration": duration, "request_id": reply.request_id, "key_id": reply.key_id}
+        if type(reply) is LLMResponse:
+            facts["stop_reason"] = str(reply.stop_reason)
+            if self._content:
+                facts["text"] = reply.text
+        what = "answer" if type(reply) is LLMResponse else "first content"
+        self._write(logging.DEBUG, "%s after %.3f s", what, duration, call=call, **facts)
+
+    def _write(self, level: int, message: str, *args: object, call: Call, **facts: object) -> None:
+        if not self._logger.isEnabledFor(level):
+            return
+        facts["call_id"] = call.id
+        try:
+            self._logger.log(level, "%s: " + message, call.id, *args, extra=facts)
+        except Exception as error:
+            self._events.fault("logging", error)

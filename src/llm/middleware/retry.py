@@ -1,0 +1,86 @@
+"""Repetition: the only layer that sends a call again, and every attempt pays for itself.
+
+A failed attempt is settled *before* the backoff, so that a call holds neither permit nor client while it sleeps, and
+the admission is renewed *after* it, so that retrying is not a way around the rate limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..core.events import AttemptFailed, Events
+from ..core.exceptions import LLMDeadlineExceededError, LLMException, Scope
+from ..core.types import Settlement
+from ..utils.backoff import RetryPolicy
+from ..utils.clock import Clock
+from .base import Call, Handler, Reply
+
+
+class RetryMiddleware:
+    """Repeats a call as its errors and the policy allow, within the call's deadline.
+
+    *random* gives the jitter, uniform in [0, 1).
+    """
+
+    def __init__(
+        self, policy: RetryPolicy, *, clock: Clock, random: Callable[[], float], events: Events | None = None
+    ) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._random = random
+        self._events = events if events is not None else Events()
+
+    async def __call__(self, call: Call, handler: Handler, /) -> Reply:
+        attempts = tries = 0
+        dead: set[str | None] = set()
+        while True:
+            try:
+                return await handler(call)
+            except LLMException as error:
+                call.close_stream()
+                attempts += 1
+                delay: float | None
+                if error.scope is Scope.KEY and not error.retryable:
+                    # A dead key costs no try, since the pool parks it; one that dies twice was not parked.
+                    delay = 0.0 if call.admission is not None and error.key_id not in dead else None
+                    dead.add(error.key_id)
+                else:
+                    tries += 1
+                    delay = self._policy.delay(error, tries, jitter=self._random())
+                if call.admission is not None:
+                    call.admission.settle(Settlement(usage=error.usage, error=error))
+                self._report(call, error, attempts, delay)
+                if delay is None:
+                    raise
+                await self._back_off(call, error, delay)
+                if call.admission is not None:
+                    try:
+                        await call.admission.renew(call)
+                    except LLMException as refusal:
+                        raise refusal from error
+
+    async def _back_off(self, call: Call, error: LLMException, delay: float) -> None:
+        if call.deadline is not None and self._clock.now() + delay >= call.deadline:
+            raise LLMDeadlineExceededError(
+                f"the next attempt would start in {delay:.1f} s, after the call's deadline",
+                provider=call.provider,
+                model=call.model,
+                retry_after=delay,
+            ) from error
+        if delay > 0.0:
+            await self._clock.sleep(delay)
+
+    def _report(self, call: Call, error: LLMException, attempt: int, delay: float | None) -> None:
+        if AttemptFailed in self._events.wanted:
+            self._events.publish(
+                AttemptFailed(
+                    at=self._clock.now(),
+                    provider=call.provider,
+                    call_id=call.id,
+                    key_id=error.key_id or "",
+                    attempt=attempt,
+                    error=type(error).__name__,
+                    status=error.status,
+                    retry_in=delay,
+                )
+            )
