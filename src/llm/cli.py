@@ -152,6 +152,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         fault_seconds=arguments.fault_seconds,
         seed=arguments.seed,
         keep_bodies=not arguments.no_bodies,
+        keep_journal=False,
     )
     try:
         asyncio.run(_serve(settings, journal=arguments.journal, end_with_stdin=arguments.end_with_stdin))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import email.utils
 import io
 import json
 from collections.abc import AsyncIterator
 from datetime import datetime
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
 
+from llm.testing import exchange, faults, journal, simulator, window, wire, wire_anthropic, wire_openai
 from llm.testing.faults import FAULTS
 from llm.testing.journal import Arrival, peak
 from llm.testing.simulator import Simulator, SimulatorSettings
@@ -693,6 +697,17 @@ async def test_what_is_recorded_adds_up_to_the_journal(client: Client) -> None:
     assert all(line.endswith(b"\n") for line in lines)
     begun, ended = (msgspec.json.decode(line) for line in lines)
     assert msgspec.convert(begun | ended, Arrival) == simulator.journal[0]
+    assert begun["admitted"], "so that the check counts what is still being answered"
+
+
+async def test_under_load_the_journal_can_be_left_to_whoever_records_it(client: Client) -> None:
+    lines: list[bytes] = []
+    settings = SimulatorSettings(keep_journal=False, keep_bodies=False)
+    async with Simulator(settings, record=lines.append) as simulator:
+        await client.ask(simulator, "openai")
+    assert simulator.journal == []
+    assert len(lines) == 2
+    assert msgspec.json.decode(lines[0])["body"] is None
 
 
 async def test_a_client_that_leaves_is_noted_and_pays_for_what_was_produced(client: Client) -> None:
@@ -751,3 +766,14 @@ async def test_many_at_once_are_each_admitted_or_refused_never_lost(client: Clie
     assert peak(simulator.journal, "key-1", 60) == 50
     assert peak(simulator.journal, "key-1", 60, rejected=True) == 200
     assert [arrival.sequence for arrival in simulator.journal] == list(range(200))
+
+
+@pytest.mark.parametrize("module", [simulator, exchange, window, journal, faults, wire, wire_anthropic, wire_openai])
+def test_the_judge_uses_nothing_of_what_it_judges(module: ModuleType) -> None:
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level <= 1, "only its neighbours"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        assert not [name for name in names if name.partition(".")[0] in ("llm", "brimful", "src")]

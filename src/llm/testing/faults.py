@@ -67,6 +67,10 @@ class Strike(msgspec.Struct, kw_only=True):
     deltas: int = 2  # how many deltas of a reply are sent before a fault in its middle
     seconds: float = 1.0  # how long a fault that waits does so; the retry-after of a 429
 
+    @property
+    def fault(self) -> Fault:
+        return FAULTS[self.name]
+
 
 class FaultPlan:
     """Decides which fault, if any, meets a request: first those ordered by `fail`, then the script, then chance."""

@@ -104,7 +104,10 @@ class SimulatorProcess:
         self.url = line[len(_LISTENING) :].strip()
 
     def read_journal(self) -> list[Arrival]:
-        """What has arrived so far; after `close`, all that arrived."""
+        """What has arrived so far; after `close`, all that arrived, from memory.
+
+        While the process runs this reads a file: inside a coroutine, call it with `asyncio.to_thread`.
+        """
         return read_journal(self._running_journal) if self._process is not None else self._last_journal
 
     def close(self) -> None:

@@ -1,0 +1,366 @@
+"""One request to the simulator and its answer: what is decided about it, and how that is done to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import msgspec
+from aiohttp import web
+
+from .faults import Strike
+from .journal import Arrival
+from .wire import Answer, Dialect, Problem, Stop, text_of, tokenize
+from .wire_anthropic import AnthropicWire
+from .wire_openai import OpenAIWire
+
+if TYPE_CHECKING:
+    from .simulator import Simulator
+
+ANTHROPIC: Dialect = AnthropicWire()
+OPENAI: Dialect = OpenAIWire()
+GENERATES: Mapping[str, Dialect] = {"/v1/messages": ANTHROPIC, "/v1/chat/completions": OPENAI}
+MODELS = "/v1/models"
+DEFAULT_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "gpt-6.1-sol", "gpt-6-luna")
+PROXY_PAGE = b"<html><head><title>%d</title></head><body><center><h1>%d</h1></center></body></html>\r\n"
+JSON = "application/json"
+
+
+class Verdict(NamedTuple):
+    """An admitted request: what to say (None: the list of models), and the fault that meets it on the way."""
+
+    answer: Answer | None
+    strike: Strike | None
+
+
+class Exchange:
+    """One request and its answer."""
+
+    __slots__ = ("_clock", "_request", "_simulator", "account", "arrival", "dialect", "request_id")
+
+    def __init__(self, simulator: Simulator, request: web.BaseRequest, dialect: Dialect, arrival: Arrival) -> None:
+        self._simulator = simulator
+        self._request = request
+        self._clock = simulator.clock
+        self.dialect = dialect
+        self.arrival = arrival
+        self.account = simulator.account(arrival.key)
+        self.request_id = f"req_{arrival.sequence:024x}"
+
+    async def answer(self, raw: bytes) -> web.StreamResponse:
+        """Decide what becomes of the request, write that down, then do it."""
+        verdict = self._decide(raw)
+        self._write_down(msgspec.json.encode(self.arrival))
+        if isinstance(verdict, web.Response):
+            return verdict
+        strike, answer = verdict.strike, verdict.answer
+        if strike is not None and strike.fault.at == "start":
+            await self._strike(strike)
+            if strike.fault.act == "answer":
+                return self._fail(strike)
+        if answer is None:
+            return self._list_models()
+        latency = self._latency()
+        if latency > 0:
+            await asyncio.sleep(latency)
+        return await (self._stream if self.arrival.stream else self._complete)(answer, strike)
+
+    def finish(self) -> None:
+        """Close the journal's entry."""
+        arrival = self.arrival
+        if arrival.finished is None:
+            arrival.finished = self._clock()
+        if self._simulator.record is not None:
+            fields = ("sequence", "admitted", "status", "fault", "retry_after", "output_tokens", "produced")
+            rest = ("finished", "disconnected")
+            self._write_down(msgspec.json.encode({name: getattr(arrival, name) for name in (*fields, *rest)}))
+
+    def _write_down(self, line: bytes) -> None:
+        if self._simulator.record is not None:
+            self._simulator.record(line + b"\n")
+
+    # -- decisions -----------------------------------------------------------------------------------------------
+
+    def _decide(self, raw: bytes) -> web.Response | Verdict:
+        """Refuse the request, or take its share of the windows and say what it will get."""
+        arrival, settings = self.arrival, self._simulator.settings
+        problem, body = self._examine(raw)
+        if body is not None:
+            arrival.model = body.get("model") if isinstance(body.get("model"), str) else None
+            arrival.stream = body.get("stream") is True
+            arrival.input_tokens = settings.count_input(body) if problem is None else 0
+            if settings.keep_bodies:
+                arrival.body = body
+        if problem is not None:
+            self._count_refusal()
+            return self._refuse(problem)
+        if body is None:
+            return Verdict(None, self._draw(generates=False))
+        answer = self._compose(body)
+        most, _ = self.dialect.asked(body)
+        need = (arrival.input_tokens, len(answer.tokens) if most is None else most)
+        wait, dimension = self.account.wait(*need, arrival.time)
+        if wait > 0:
+            if self._count_refusal():
+                # The refusal may itself be what the next attempt has to wait for.
+                wait, dimension = self.account.wait(*need, arrival.time)
+            return self._refuse(self.dialect.refused(dimension), wait)
+        strike = self._draw(generates=True)
+        if strike is not None and strike.fault.status is not None and strike.fault.status < 500:
+            self._count_refusal()
+            return self._fail(strike)
+        arrival.admitted = True
+        self.account.admit(*need, arrival.time)
+        return Verdict(answer, strike)
+
+    def _examine(self, raw: bytes) -> tuple[Problem | None, dict[str, Any] | None]:
+        """What the vendor objects to, if anything, and the body of a request that generates."""
+        simulator, arrival = self._simulator, self.arrival
+        problems = self.dialect.problems
+        key = arrival.key
+        generates = arrival.path in GENERATES
+        body: Any = None
+        problem: Problem | None = None
+        if generates and arrival.method == "POST":
+            try:
+                body = msgspec.json.decode(raw)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                problem = problems["invalid_json"]
+            else:
+                problem = self.dialect.check(body, self._request.headers)
+        elif generates or arrival.method != "GET":
+            problem = problems["method"] if generates or arrival.path == MODELS else problems["not_found"]
+        elif arrival.path != MODELS and not arrival.path.startswith(MODELS + "/"):
+            problem = problems["not_found"]
+        body = body if isinstance(body, dict) else None
+        if not key:
+            problem = problems["no_key"]
+        elif key in simulator.revoked or (simulator.settings.keys is not None and key not in simulator.settings.keys):
+            problem = problems["authentication"]
+        elif key in simulator.forbidden:
+            problem = problems["permission"]
+        elif key in simulator.unpaid:
+            problem = problems["billing"]
+        elif key in simulator.spend_limited and generates:
+            problem = problems["spend_limit"]
+        elif problem is None and body is not None and not self._serves(body["model"]):
+            problem = self.dialect.unknown_model(body["model"])
+        return problem, body
+
+    def _serves(self, model: str) -> bool:
+        models = self._simulator.settings.models
+        return models is None or model in models
+
+    def _draw(self, *, generates: bool) -> Strike | None:
+        arrival = self.arrival
+        strike = self._simulator.plan.draw(
+            key=arrival.key, path=arrival.path, generates=generates, stream=arrival.stream
+        )
+        arrival.fault = strike.name if strike is not None else None
+        return strike
+
+    def _compose(self, body: dict[str, Any]) -> Answer:
+        settings = self._simulator.settings
+        if settings.reply is not None:
+            tokens = tokenize(settings.reply(body))
+        else:
+            tokens = _echo(body, settings.reply_words)
+        most, stops = self.dialect.asked(body)
+        stop: Stop = "end"
+        stop_sequence = None
+        if stops:
+            text = "".join(tokens)
+            found = min(((text.find(s), s) for s in stops if s in text), default=None)
+            if found is not None:
+                tokens, stop, stop_sequence = tokenize(text[: found[0]]), "stop_sequence", found[1]
+        if most is not None and len(tokens) > most:
+            tokens, stop, stop_sequence = tokens[:most], "length", None
+        options = body.get("stream_options")
+        return Answer(
+            id=f"{self.arrival.sequence:024x}",
+            created=int(time.time()),
+            model=body["model"],
+            tokens=tuple(tokens),
+            stop=stop,
+            stop_sequence=stop_sequence,
+            input_tokens=self.arrival.input_tokens,
+            include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+        )
+
+    def _latency(self) -> float:
+        latency = self._simulator.settings.latency
+        if isinstance(latency, tuple):
+            median, spread = latency
+            return median * math.exp(spread * self._simulator.random.gauss(0.0, 1.0))
+        return latency
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    def _headers(self) -> dict[str, str]:
+        return self.dialect.headers(self.account, self.arrival.key, self.request_id, self._clock())
+
+    def _refuse(self, problem: Problem, wait: float | None = None) -> web.Response:
+        """An error in the vendor's words; *wait* is told as retry-after, in seconds."""
+        self.arrival.status = problem.status
+        headers = self._headers()
+        if wait is not None:
+            self.arrival.retry_after = wait
+            headers |= self.dialect.retry_after(wait)
+        body = self.dialect.error(problem, self.request_id)
+        return web.Response(status=problem.status, body=body, headers=headers, content_type=JSON)
+
+    def _count_refusal(self) -> bool:
+        """Let a refused request use up the request limit, if this vendor does so."""
+        counts = self._simulator.settings.count_rejected
+        if self.arrival.path not in GENERATES or not (self.dialect.counts_rejected if counts is None else counts):
+            return False
+        self.account.reject(self.arrival.time)
+        return True
+
+    def _fail(self, strike: Strike) -> web.Response:
+        """The answer of a fault that is one."""
+        fault = strike.fault
+        status = fault.status or 500
+        if fault.problem is None:
+            self.arrival.status = status
+            return web.Response(status=status, body=PROXY_PAGE % (status, status), content_type="text/html")
+        problem = msgspec.structs.replace(self.dialect.problems[fault.problem], status=status)
+        return self._refuse(problem, strike.seconds if fault.retry_after else None)
+
+    def _list_models(self) -> web.Response:
+        known = tuple(self._simulator.settings.models or DEFAULT_MODELS)
+        wanted = self.arrival.path[len(MODELS) + 1 :]
+        if wanted and not self._serves(wanted):
+            return self._refuse(self.dialect.unknown_model(wanted))
+        self.arrival.status = 200
+        body = self.dialect.model(wanted) if wanted else self.dialect.models(known)
+        return web.Response(body=body, headers=self._headers(), content_type=JSON)
+
+    async def _complete(self, answer: Answer, strike: Strike | None) -> web.StreamResponse:
+        speed = self._simulator.settings.tokens_per_second
+        if speed > 0 and answer.tokens:
+            await asyncio.sleep(len(answer.tokens) / speed)
+        self._produce(len(answer.tokens))
+        self.arrival.status = 200
+        body = self.dialect.complete(answer)
+        if strike is not None and strike.fault.at == "middle":
+            half = len(body) // 2
+            response = web.StreamResponse(headers=self._headers() | {"content-length": str(len(body))})
+            response.content_type = JSON
+            await response.prepare(self._request)
+            await response.write(body[:half])
+            await self._strike(strike)
+            await response.write(body[half:])
+            await response.write_eof()
+            return response
+        return web.Response(body=body, headers=self._headers(), content_type=JSON)
+
+    async def _stream(self, answer: Answer, strike: Strike | None) -> web.StreamResponse:
+        settings = self._simulator.settings
+        fault = strike.fault if strike is not None else None
+        at = -1
+        if strike is not None and fault is not None and fault.at == "middle":
+            at = min(strike.deltas, len(answer.tokens))
+        opening, deltas, closing, terminal = self.dialect.stream(answer)
+        response = web.StreamResponse(headers=self._headers() | {"cache-control": "no-cache"})
+        response.content_type = "text/event-stream"
+        self.arrival.status = 200
+        await response.prepare(self._request)
+        pending = [opening]
+        if not settings.burst:
+            await response.write(pending.pop())
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        unpaid = 0
+        for index in range(len(deltas) + 1):
+            if index == at and strike is not None and fault is not None:
+                self._produce(unpaid)
+                unpaid = 0
+                if pending:
+                    await response.write(b"".join(pending))
+                    pending.clear()
+                if fault.act == "error":
+                    problem = self.dialect.problems[fault.problem or "server_error"]
+                    await response.write(self.dialect.error_event(problem, self.request_id))
+                    await response.write_eof()
+                    return response
+                await self._strike(strike)
+            if index == len(deltas):
+                break
+            if settings.tokens_per_second > 0:
+                due = begun + (index + 1) / settings.tokens_per_second - loop.time()
+                if due > 0:
+                    await asyncio.sleep(due)
+            if settings.burst:
+                pending.append(deltas[index])
+                unpaid += 1
+            else:
+                self._produce(1)
+                await response.write(deltas[index])
+        self._produce(unpaid)
+        pending.append(closing)
+        if fault is None or fault.act != "omit":
+            pending.append(terminal)
+        await response.write(b"".join(pending))
+        await response.write_eof()
+        return response
+
+    def _produce(self, tokens: int) -> None:
+        if not tokens:
+            return
+        now = self._clock()
+        arrival = self.arrival
+        arrival.output_tokens += tokens
+        arrival.produced.append((now, tokens))
+        self.account.produce(tokens, now)
+
+    async def _strike(self, strike: Strike) -> None:
+        """Do what the fault does to the connection; return if the exchange goes on."""
+        match strike.fault.act:
+            case "wait":
+                await asyncio.sleep(strike.seconds)
+            case "reset":
+                await self._hang_up(rudely=True)
+            case "close":
+                await self._hang_up(rudely=False)
+            case "hang":
+                await asyncio.get_running_loop().create_future()
+            case "answer" | "error" | "omit":
+                pass
+
+    async def _hang_up(self, *, rudely: bool) -> NoReturn:
+        """Close the connection under the client: RST if *rudely*, else FIN after what was written."""
+        self.arrival.finished = self._clock()
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left first")
+        if rudely:
+            # Linger for no time at all: the kernel then answers with a reset.
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.abort()
+        else:
+            transport.close()
+        # The loss of the connection cancels this handler.
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("unreachable")
+
+
+def _echo(body: Mapping[str, Any], words: int | None) -> list[str]:
+    """The default reply: the last user message, so that a test can recognise its own question."""
+    last = ""
+    for message in reversed(body["messages"]):
+        if message.get("role") == "user":
+            last = text_of(message.get("content"))
+            break
+    tokens = tokenize("You said: " + last)
+    if words is None:
+        return tokens
+    if words > len(tokens):
+        tokens = tokens + [" " + tokens[i % len(tokens)].strip() for i in range(len(tokens), words)]
+    return tokens[:words]
