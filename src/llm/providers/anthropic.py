@@ -1,0 +1,600 @@
+"""Anthropic's Messages API as pure functions.
+
+What this dialect decides where the vendor leaves a choice:
+
+* *System messages.* Those that open the conversation become ``system``, joined by a blank line. One in its midst stays
+  in its place for the models that take it there; for all others it is moved to ``system``: the instruction is kept, its
+  place is not.
+* *max_tokens* is required by the vendor. Unasked, ``DEFAULT_MAX_TOKENS`` bounded by what the model can write.
+* *Version.* ``2023-06-01`` unless configured: the last one that takes sampling parameters at all.
+* *The end of a stream* is ``message_stop`` and nothing else.
+
+Sources: the vendor's API reference for both versions, and the errors it was seen to answer with.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from ..core.exceptions import (
+    LLMContentFilteredError,
+    LLMException,
+    LLMInvalidRequestError,
+    LLMModelNotFoundError,
+    LLMProtocolError,
+    LLMQuotaExhaustedError,
+    LLMStreamInterruptedError,
+)
+from ..core.settings import ProviderSettings
+from ..core.types import (
+    Headers,
+    LimitState,
+    LLMResponse,
+    Message,
+    MessageRole,
+    ObservedLimits,
+    Options,
+    Request,
+    StopReason,
+    StreamChunk,
+    Usage,
+)
+from ..transports.base import HTTPRequest
+from ..utils.error_body import MAX_BODY, UNREADABLE, ErrorBody, read_error_body
+from ..utils.header_values import http_date, rfc3339, whole_number
+from ..utils.http_errors import build_error, error_for_status
+from ..utils.json_body import encode_body
+from ..utils.sse import SSEDecoder
+from .base import Encoded
+from .catalog import Family, asked, catalog, leave_out
+
+BASE_URL: Final = "https://api.anthropic.com"
+API_VERSION: Final = "2023-06-01"
+
+DEFAULT_MAX_TOKENS: Final = 16_384
+"""Some 12,000 words, thinking included. An unstreamed answer that may take longer than ten minutes (21,333 tokens by
+the vendor's reckoning) is better streamed, so what nobody asked for stays below that."""
+CUSTOM_MAX_TOKENS: Final = 4_096
+"""The same under a custom address, where the model may have a small context that answer and prompt share."""
+
+STOP_REASON: Final = {
+    "end_turn": StopReason.STOP,
+    "stop_sequence": StopReason.STOP,
+    "max_tokens": StopReason.LENGTH,
+    "model_context_window_exceeded": StopReason.LENGTH,
+    "tool_use": StopReason.TOOL_CALLS,
+    "pause_turn": StopReason.PAUSED,
+    "refusal": StopReason.CONTENT_FILTER,
+}
+
+STATUS_BY_TYPE: Final = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "conflict_error": 409,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+"""The status an error would have had if it had not come under 200, in a stream or a body."""
+
+ERROR_BY_CODE: Final[dict[str, type[LLMException]]] = {
+    "billing_error": LLMQuotaExhaustedError,
+    "enforced_spend_limit_reached": LLMQuotaExhaustedError,
+    "contract_spend_limit_reached": LLMQuotaExhaustedError,
+}
+"""Types and ``details.error_code`` that mean the same under any status: the vendor's spend limits are 400 and 429."""
+
+ERROR_BY_OPENING: Final[dict[str, type[LLMException]]] = {
+    "You have reached your specified API usage limits": LLMQuotaExhaustedError,
+    "Your credit balance is too low": LLMQuotaExhaustedError,
+    "Output blocked by content filtering policy": LLMContentFilteredError,
+}
+"""First words of an ``invalid_request_error``, where the vendor has no code."""
+
+_LIMIT_HEADERS: Final = tuple(
+    f"anthropic-ratelimit-{name}-limit" for name in ("requests", "tokens", "input-tokens", "output-tokens")
+)
+# The dialect has no word for these, at any address.
+_NO_WORD: Final = frozenset(("frequency_penalty", "presence_penalty", "seed", "n"))
+# Versions after 2023-06-01 have lost these, for every model.
+_SAMPLING: Final = frozenset(("temperature", "top_p", "top_k"))
+_NOTHING_ASKED: Final = Options()
+_SYSTEM: Final = MessageRole.SYSTEM
+
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
+
+
+class _CacheCreation(msgspec.Struct):
+    ephemeral_5m_input_tokens: _Tokens | None = None
+    ephemeral_1h_input_tokens: _Tokens | None = None
+
+
+class _OutputDetails(msgspec.Struct):
+    thinking_tokens: _Tokens | None = None
+
+
+class _Usage(msgspec.Struct):
+    input_tokens: _Tokens | None = None
+    cache_creation_input_tokens: _Tokens | None = None
+    cache_read_input_tokens: _Tokens | None = None
+    cache_creation: _CacheCreation | None = None
+    output_tokens: _Tokens | None = None
+    output_tokens_details: _OutputDetails | None = None
+
+
+class _StopDetails(msgspec.Struct):
+    category: str | None = None
+    explanation: str | None = None
+
+
+class _Block(msgspec.Struct):
+    """A content block or a delta: of what we do not know, only the type is read."""
+
+    type: str = ""
+    text: str | None = None
+    thinking: str | None = None
+
+
+class _PlainReply(msgspec.Struct):
+    """A message without its usage, which must not spoil a good answer if it cannot be read."""
+
+    type: str | None = None
+    id: str | None = None
+    model: str | None = None
+    content: list[_Block] | None = None
+    stop_reason: str | None = None
+    stop_details: _StopDetails | None = None
+
+
+class _Reply(_PlainReply):
+    usage: _Usage | None = None
+
+
+class _Delta(_Block):
+    stop_reason: str | None = None
+    stop_details: _StopDetails | None = None
+
+
+class _PlainEvent(msgspec.Struct):
+    """Any event of a stream, without usage."""
+
+    type: str = ""
+    delta: _Delta | None = None
+    content_block: _Block | None = None
+    message: _PlainReply | None = None
+
+
+class _Event(_PlainEvent):
+    message: _Reply | None = None
+    usage: _Usage | None = None
+
+
+class _Named(msgspec.Struct):
+    type: str = ""
+
+
+_decode_reply: Final = msgspec.json.Decoder(_Reply).decode
+_decode_plain_reply: Final = msgspec.json.Decoder(_PlainReply).decode
+_decode_event: Final = msgspec.json.Decoder(_Event).decode
+_decode_plain_event: Final = msgspec.json.Decoder(_PlainEvent).decode
+_decode_named: Final = msgspec.json.Decoder(_Named).decode
+
+# The events whose loss would change the answer; whatever else cannot be read is ignored like an unknown one.
+_ESSENTIAL: Final = frozenset(("message_start", "content_block_start", "content_block_delta", "message_delta"))
+
+
+class AnthropicProvider:
+    """The Messages dialect at one address. It implements ``providers.base.Provider``."""
+
+    def __init__(self, settings: ProviderSettings) -> None:
+        vendor = catalog().anthropic
+        self.name = settings.name
+        self.default_model: str | None = vendor.default
+        self._vendor = vendor
+        self._custom = settings.custom
+        self._strict = settings.unsupported == "raise"
+        self._extra_body = settings.extra_body
+        version = settings.api_version or API_VERSION
+        self._refused = _NO_WORD if version == API_VERSION else _NO_WORD | _SAMPLING
+        # The vendor's base URL has no /v1, OpenAI's has; who writes it here anyway means the same address.
+        base, mark, query = (settings.base_url or BASE_URL).partition("?")
+        base = base.rstrip("/").removesuffix("/v1")
+        self._url = f"{base}/v1/messages{mark}{query}"
+        self._probe_url = f"{base}/v1/models{mark}{query}"
+        self._extra_headers = {name.lower(): value for name, value in settings.extra_headers.items()}
+        self._headers = {
+            "content-type": "application/json",
+            "accept": "application/json",
+            "anthropic-version": version,
+        }
+        self._stream_headers = self._headers | {"accept": "text/event-stream"}
+        self._families: dict[str, Family] = {}
+
+    def __repr__(self) -> str:
+        return f"<AnthropicProvider {self.name}>"
+
+    def encode(self, request: Request, key: str) -> Encoded:
+        """The HTTP request for *request*.
+
+        Raises LLMInvalidRequestError, naming option and model, for what the model or the dialect is known to refuse.
+        """
+        options = request.options
+        model = request.model
+        family = self._families.get(model) or self._learn(model)
+        limit = options.max_tokens
+        messages = request.messages
+        body: dict[str, Any] = {
+            "model": model,
+            "max_tokens": family.max_output if limit is None else limit,
+            "messages": messages,
+        }
+        for message in messages:
+            if message.role == _SYSTEM:
+                body["system"], body["messages"] = self._place_system(messages, family)
+                break
+        if not (self._custom or family.prefill) and messages and messages[-1].role == MessageRole.ASSISTANT:
+            raise LLMInvalidRequestError(
+                f"messages[{len(messages) - 1}]: {model} does not continue an assistant's message; end with the user's",
+                provider=self.name,
+                model=model,
+            )
+        if not body["messages"]:
+            raise LLMInvalidRequestError(
+                "messages: there is nothing to answer; add a message of the user's", provider=self.name, model=model
+            )
+        if request.stream:
+            body["stream"] = True
+        dropped: tuple[str, ...] = ()
+        if options != _NOTHING_ASKED:
+            dropped = self._ask(body, options, family, model)
+        headers = {**(self._stream_headers if request.stream else self._headers), "x-api-key": key}
+        if self._extra_headers or options.extra_headers:
+            self._merge_headers(headers, options.extra_headers)
+        encoded = encode_body(body, self._extra_body, options.extra_body, provider=self.name, model=model)
+        return Encoded(HTTPRequest("POST", self._url, headers, encoded), dropped)
+
+    def decode(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMResponse:
+        """The answer in a complete *body*. Raises what ``classify`` says for a failure, under whatever status."""
+        if not 200 <= status < 300:
+            raise self.classify(request, status, headers, body)
+        try:
+            reply = _decode_reply(body)
+        except UNREADABLE:
+            reply = self._reply_without_usage(request, status, headers, body)
+        if reply.type == "error" or (reply.content is None and reply.stop_reason is None):
+            raise self.classify(request, status, headers, body)
+        text = thinking = ""
+        for block in reply.content or ():
+            if block.type == "text":
+                text += block.text or ""
+            elif block.type == "thinking":
+                thinking += block.thinking or ""
+        reason = reply.stop_reason
+        return LLMResponse(
+            text=text,
+            model=reply.model or request.model,
+            usage=_usage(reply.usage) if reply.usage is not None else Usage(),
+            stop_reason=STOP_REASON.get(reason or "", StopReason.UNKNOWN),
+            refusal=_refusal(reply.stop_details) if reason == "refusal" else None,
+            thinking=thinking,
+            id=reply.id or "",
+            provider=self.name,
+            request_id=headers.get("request-id"),
+            body=body,
+        )
+
+    def stream_decoder(self, request: Request) -> AnthropicStream:
+        return AnthropicStream(self, request)
+
+    def classify(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMException:
+        """The error that *body* means under *status*; of a status 2xx, the error the body tells of."""
+        said = read_error_body(body)
+        code = said.details.get("error_code")
+        code = code if isinstance(code, str) else ""
+        if status < 300:
+            if not (said.structured and (said.type or said.message)):
+                return self.malformed(request, f"status {status} with a body that is no message", body)
+            status = STATUS_BY_TYPE.get(said.type, 500)
+        error = ERROR_BY_CODE.get(code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
+        if error is LLMInvalidRequestError:
+            error = self._invalid(status, said)
+        hint = ""
+        if error is LLMModelNotFoundError:
+            gone = self._vendor.retirement(request.model)
+            hint = f"the vendor's date for its retirement is {gone.on}; use {gone.use}" if gone else ""
+        return build_error(
+            error,
+            said,
+            provider=self.name,
+            model=request.model,
+            status=status,
+            headers=headers,
+            body=body,
+            code=code or said.type or None,
+            request_id=headers.get("request-id") or said.request_id,
+            obey_retry=not self._custom,
+            hint=hint,
+        )
+
+    def limits(self, headers: Headers) -> ObservedLimits | None:
+        """The ``anthropic-ratelimit-*`` headers. Resets are dates and so count from the response's own ``Date``."""
+        if not any(name in headers for name in _LIMIT_HEADERS):
+            return None
+        now = http_date(headers.get("date"))
+        return ObservedLimits(
+            requests=_limit(headers, "anthropic-ratelimit-requests-", now),
+            input_tokens=_limit(headers, "anthropic-ratelimit-input-tokens-", now),
+            output_tokens=_limit(headers, "anthropic-ratelimit-output-tokens-", now),
+            tokens=_limit(headers, "anthropic-ratelimit-tokens-", now),
+        )
+
+    def probe(self, key: str) -> HTTPRequest:
+        """The list of models: free, and refused like any other request if the key is."""
+        headers = {**self._headers, "x-api-key": key}
+        self._merge_headers(headers, None)
+        del headers["content-type"]
+        return HTTPRequest("GET", self._probe_url, headers)
+
+    def replacement(self, model: str) -> str | None:
+        """The successor of a model that had retired when ``models.toml`` was last checked."""
+        gone = None if self._custom else self._vendor.retirement(model)
+        return gone.use if gone is not None and gone.on <= catalog().as_of else None
+
+    def malformed(self, request: Request, what: str, body: bytes) -> LLMProtocolError:
+        """What came back cannot be read. The same request may well be answered properly next time."""
+        return LLMProtocolError(
+            f"{what}: {body[:200].decode('utf-8', 'replace')!r}",
+            provider=self.name,
+            model=request.model,
+            sent=True,
+            retryable=True,
+            body=body[:MAX_BODY],
+        )
+
+    def _learn(self, model: str) -> Family:
+        """The rules for *model*, remembered; none are known under a custom address."""
+        if self._custom:
+            family = Family(max_output=CUSTOM_MAX_TOKENS)
+        else:
+            family = self._vendor.family(model)
+            most = min(family.max_output or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
+            family = msgspec.structs.replace(family, max_output=most)
+        if len(self._families) >= 256:
+            # Names may come from the application's own users.
+            self._families.clear()
+        self._families[model] = family
+        return family
+
+    def _place_system(self, messages: tuple[Message, ...], family: Family) -> tuple[str, tuple[Message, ...]]:
+        """The text for ``system`` and the messages that stay."""
+        if family.system_turns:
+            first = next((i for i, message in enumerate(messages) if message.role != _SYSTEM), len(messages))
+            moved, stay = messages[:first], messages[first:]
+        else:
+            moved = tuple(message for message in messages if message.role == _SYSTEM)
+            stay = tuple(message for message in messages if message.role != _SYSTEM)
+        return "\n\n".join(message.content for message in moved), stay
+
+    def _ask(self, body: dict[str, Any], options: Options, family: Family, model: str) -> tuple[str, ...]:
+        """Put what *options* ask into *body*; the names of the hints that the model refuses."""
+        wishes = asked(options)
+        refused = self._refused | family.refuses
+        if family.temperature_or_top_p and "temperature" in wishes:
+            refused |= {"top_p"}
+        strict = options.unsupported == "raise" if options.unsupported is not None else self._strict
+        dropped = leave_out(wishes, refused, strict=strict, provider=self.name, model=model)
+        stop = wishes.pop("stop", None)
+        if stop:
+            body["stop_sequences"] = (stop,) if isinstance(stop, str) else stop
+        body.update(wishes)
+        return dropped
+
+    def _merge_headers(self, headers: dict[str, str], extra: dict[str, str] | None) -> None:
+        headers.update(self._extra_headers)
+        if extra:
+            headers.update({name.lower(): value for name, value in extra.items()})
+        # The vendor takes the key in one header or the other, and some proxies refuse both.
+        if "authorization" in headers:
+            headers.pop("x-api-key", None)
+
+    def _reply_without_usage(self, request: Request, status: int, headers: Headers, body: bytes) -> _Reply:
+        try:
+            plain = _decode_plain_reply(body)
+        except UNREADABLE:
+            raise self.classify(request, status, headers, body) from None
+        return _Reply(plain.type, plain.id, plain.model, plain.content, plain.stop_reason, plain.stop_details)
+
+    def _invalid(self, status: int, said: ErrorBody) -> type[LLMException]:
+        """What kind of invalid: the vendor has a code for hardly any."""
+        if status == 404 and said.type == "not_found_error":
+            # The path is ours; all that can be missing is the model.
+            return LLMModelNotFoundError
+        for opening, error in ERROR_BY_OPENING.items():
+            if said.message.startswith(opening):
+                return error
+        return LLMInvalidRequestError
+
+
+class AnthropicStream:
+    """Decodes one streamed message. It implements ``providers.base.StreamDecoder``.
+
+    ``message_start`` → (``content_block_start`` → ``content_block_delta``… → ``content_block_stop``)… →
+    ``message_delta``… → ``message_stop``; ``ping`` and ``error`` may come anywhere. The last chunk comes with
+    ``message_stop``: until then neither the stop reason nor the usage is final.
+    """
+
+    __slots__ = (
+        "_content",
+        "_provider",
+        "_refusal",
+        "_request",
+        "_sse",
+        "_usage",
+        "done",
+        "error",
+        "id",
+        "model",
+        "stop_reason",
+        "usage",
+    )
+
+    def __init__(self, provider: AnthropicProvider, request: Request) -> None:
+        self.error: LLMException | None = None
+        self.done = False
+        self.usage: Usage | None = None
+        self.stop_reason: StopReason | None = None
+        self.id = ""
+        self.model = request.model
+        self._provider = provider
+        self._request = request
+        self._sse = SSEDecoder()
+        self._usage: _Usage | None = None
+        self._refusal = ""
+        self._content = False
+
+    def __repr__(self) -> str:
+        state = "done" if self.done else f"failed: {self.error}" if self.error else "open"
+        return f"<AnthropicStream {self.id or 'no message yet'}, {state}>"
+
+    def feed(self, data: bytes) -> list[StreamChunk]:
+        """The chunks that *data* completes."""
+        chunks: list[StreamChunk] = []
+        if self.done or self.error is not None:
+            return chunks
+        for event in self._sse.feed(data):
+            if not self._take(event.data, chunks):
+                return chunks
+        if self._sse.overflow:
+            self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
+        return chunks
+
+    def end(self) -> list[StreamChunk]:
+        """The body has ended; without ``message_stop`` that is an error."""
+        # Some servers forget the blank line after the last event.
+        chunks = self.feed(b"\n\n")
+        # Of an event that was cut in two nothing can be read: that is the cut's fault, and no breach of the dialect.
+        if not self.done and (self.error is None or isinstance(self.error, LLMProtocolError)):
+            self.error = LLMStreamInterruptedError(
+                "the stream ended without message_stop",
+                provider=self._provider.name,
+                model=self.model,
+                sent=True,
+                retryable=not self._content,
+                usage=self.usage,
+            )
+        return chunks
+
+    def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
+        """Take one event in; whether the stream goes on."""
+        try:
+            event = _decode_event(data)
+        except UNREADABLE:
+            try:
+                event = _without_usage(data)
+            except UNREADABLE:
+                self.error = self._provider.malformed(self._request, "an event of the stream cannot be read", data)
+                return False
+        kind = event.type
+        # Nearly all events are deltas.
+        if kind == "content_block_delta":
+            if event.delta is not None:
+                self._say(event.delta, chunks)
+        elif kind == "content_block_start":
+            if event.content_block is not None:
+                self._say(event.content_block, chunks)
+        elif kind == "message_start":
+            if event.message is not None:
+                self.id = event.message.id or self.id
+                self.model = event.message.model or self.model
+                self._count(event.message.usage)
+        elif kind == "message_delta":
+            delta = event.delta
+            if delta is not None and delta.stop_reason is not None:
+                self.stop_reason = STOP_REASON.get(delta.stop_reason, StopReason.UNKNOWN)
+                if delta.stop_reason == "refusal":
+                    self._refusal = _refusal(delta.stop_details) or ""
+            self._count(event.usage)
+        elif kind == "message_stop":
+            self.done = True
+            self.stop_reason = self.stop_reason or StopReason.UNKNOWN
+            chunks.append(StreamChunk(refusal=self._refusal, stop_reason=self.stop_reason, usage=self.usage))
+            return False
+        elif kind == "error":
+            self.error = self._provider.classify(self._request, 200, {}, data)
+            return False
+        return True
+
+    def _say(self, block: _Block, chunks: list[StreamChunk]) -> None:
+        if block.text:
+            self._content = True
+            chunks.append(StreamChunk(block.text))
+        elif block.thinking:
+            self._content = True
+            chunks.append(StreamChunk("", block.thinking))
+
+    def _count(self, usage: _Usage | None) -> None:
+        """Overwrite what *usage* tells and keep what it does not: the figures are cumulative."""
+        if usage is None:
+            return
+        if self._usage is not None:
+            for name, value in msgspec.structs.asdict(self._usage).items():
+                if getattr(usage, name) is None:
+                    setattr(usage, name, value)
+        self._usage = usage
+        self.usage = _usage(usage)
+
+
+def _without_usage(data: bytes) -> _Event:
+    """The event of which the figures cannot be read; or, of one that we do not know, its name alone."""
+    try:
+        plain = _decode_plain_event(data)
+    except msgspec.ValidationError:
+        named = _decode_named(data)
+        if named.type in _ESSENTIAL:
+            raise
+        return _Event(named.type)
+    message = plain.message
+    reply = _Reply(message.type, message.id, message.model) if message is not None else None
+    return _Event(plain.type, plain.delta, plain.content_block, reply)
+
+
+def _usage(usage: _Usage) -> Usage:
+    """Inclusive totals: the vendor's ``input_tokens`` are only those after the last cache breakpoint."""
+    read = usage.cache_read_input_tokens or 0
+    written = usage.cache_creation_input_tokens
+    hour = 0
+    if usage.cache_creation is not None:
+        hour = usage.cache_creation.ephemeral_1h_input_tokens or 0
+        if written is None:
+            written = hour + (usage.cache_creation.ephemeral_5m_input_tokens or 0)
+    written = written or 0
+    details = usage.output_tokens_details
+    return Usage(
+        input_tokens=(usage.input_tokens or 0) + read + written,
+        output_tokens=usage.output_tokens or 0,
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        cache_write_1h_tokens=hour,
+        reasoning_tokens=(details.thinking_tokens or 0) if details is not None else 0,
+    )
+
+
+def _refusal(details: _StopDetails | None) -> str | None:
+    """The model's words on why it declined, else the category it declined for."""
+    return details.explanation or details.category if details is not None else None
+
+
+def _limit(headers: Headers, prefix: str, now: float | None) -> LimitState | None:
+    limit = whole_number(headers.get(prefix + "limit"))
+    remaining = whole_number(headers.get(prefix + "remaining"))
+    if limit is None and remaining is None:
+        return None
+    full = rfc3339(headers.get(prefix + "reset"))
+    return LimitState(limit, remaining, max(0.0, full - now) if full is not None and now is not None else None)

@@ -1,0 +1,140 @@
+"""Server-sent events, sans I/O: bytes in, events out.
+
+The rules are the WHATWG's (HTML, "Interpreting an event stream"). By them an event that the end of the stream leaves
+without its blank line is discarded; who wants it, because a server forgets that line, feeds ``b"\\n\\n"`` at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+MAX_EVENT_BYTES: Final = 8 * 1024 * 1024
+"""Far above any text event, below what a hostile server needs to exhaust memory."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One event. *data* stays bytes: who reads it decodes JSON from bytes."""
+
+    data: bytes
+    event: str = "message"
+    id: str = ""
+    """The last id the stream has named, in this event or before it."""
+
+
+class SSEDecoder:
+    """Cuts a byte stream into events; however the bytes were split, the events are the same.
+
+    *overflow* is set once an event is larger than *max_event_bytes*: what came before it was returned, nothing comes
+    after. *retry* is the reconnection time in milliseconds, if the stream has named one.
+    """
+
+    __slots__ = ("_after_cr", "_at_start", "_buffer", "_last_id", "_max", "overflow", "retry")
+
+    def __init__(self, *, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+        self.overflow = False
+        self.retry: int | None = None
+        self._max = max_event_bytes
+        self._buffer = bytearray()
+        self._last_id = ""
+        self._at_start = True
+        self._after_cr = False
+
+    def __repr__(self) -> str:
+        return f"<SSEDecoder: {len(self._buffer)} bytes pending{', overflow' if self.overflow else ''}>"
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that *data* completes."""
+        if self.overflow:
+            return []
+        # Lines are cut on bytes, before UTF-8 decoding: U+2028 and its kind never end one.
+        if self._after_cr or b"\r" in data:
+            data = self._one_newline(data)
+        buffer = self._buffer
+        if buffer or self._at_start:
+            # Only the new bytes are searched, so that an event fed byte by byte costs O(n).
+            start = 0 if self._at_start else len(buffer) - 1
+            buffer += data
+            if self._at_start and not self._skip_bom():
+                return []
+            if buffer.find(b"\n\n", start) < 0 and len(buffer) <= self._max:
+                return []
+            data = bytes(buffer)
+            buffer.clear()
+        blocks = data.split(b"\n\n")
+        rest = blocks.pop()
+        events: list[Event] = []
+        bounded = len(data) > self._max
+        for block in blocks:
+            if bounded and len(block) > self._max:
+                self.overflow = True
+                return events
+            if block.startswith(b"data: ") and b"\n" not in block:
+                events.append(Event(block[6:], "message", self._last_id))
+                continue
+            first, _, second = block.partition(b"\n")
+            if first.startswith(b"event: ") and second.startswith(b"data: ") and b"\n" not in second:
+                events.append(Event(second[6:], first[7:].decode("utf-8", "replace") or "message", self._last_id))
+            elif block:
+                self._parse(block, events)
+        if rest:
+            # The newline may turn out to be the first of the blank line's two: it is not the event's.
+            if bounded and len(rest) - rest.endswith(b"\n") > self._max:
+                self.overflow = True
+                return events
+            buffer += rest
+        return events
+
+    def _skip_bom(self) -> bool:
+        """Whether it is known by now that no byte-order mark is pending; one that is there is removed."""
+        buffer = self._buffer
+        if len(buffer) < 3 and _BOM.startswith(buffer):
+            return False
+        if buffer.startswith(_BOM):
+            del buffer[:3]
+        self._at_start = False
+        return True
+
+    def _one_newline(self, data: bytes) -> bytes:
+        """*data* with LF for every CRLF and CR, also for a CRLF that was cut in two."""
+        if not data:
+            return data
+        if self._after_cr and data[0] == 0x0A:
+            data = data[1:]
+            self._after_cr = False
+            if not data:
+                return data
+        self._after_cr = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _parse(self, block: bytes, events: list[Event]) -> None:
+        """Read one block line by line; without a data line it is no event."""
+        name = b""
+        data: bytes | None = None
+        more: list[bytes] | None = None
+        for line in block.split(b"\n"):
+            field, _, value = line.partition(b":")
+            if value.startswith(b" "):
+                value = value[1:]
+            if field == b"data":
+                if data is None:
+                    data = value
+                elif more is None:
+                    more = [data, value]
+                else:
+                    more.append(value)
+            elif field == b"event":
+                name = value
+            elif field == b"id":
+                if b"\0" not in value:
+                    self._last_id = value.decode("utf-8", "replace")
+            elif field == b"retry" and value.isdigit():
+                # Longer numbers are no times, and int() of thousands of digits raises.
+                self.retry = int(value[:18])
+        if data is not None:
+            if more is not None:
+                data = b"\n".join(more)
+            events.append(Event(data, name.decode("utf-8", "replace") or "message", self._last_id))
