@@ -19,13 +19,14 @@ from .clock import Clock, TimerHandle
 class Alarms:
     """Timers that all run *seconds* from their start."""
 
-    __slots__ = ("_clock", "_pending", "_timer", "seconds")
+    __slots__ = ("_clock", "_pending", "_ringing", "_timer", "seconds")
 
     def __init__(self, seconds: float, clock: Clock) -> None:
         self.seconds = seconds
         self._clock = clock
         self._pending: OrderedDict[Alarm, None] = OrderedDict()
         self._timer: TimerHandle | None = None
+        self._ringing = False
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -34,7 +35,7 @@ class Alarms:
         """Run *callback* once, *seconds* from now, unless the alarm is cancelled before."""
         alarm = Alarm(self._pending, self._clock.now() + self.seconds, callback)
         self._pending[alarm] = None
-        if self._timer is None:
+        if self._timer is None and not self._ringing:
             self._timer = self._clock.call_at(alarm.when, self._ring)
         return alarm
 
@@ -47,15 +48,21 @@ class Alarms:
 
     def _ring(self) -> None:
         self._timer = None
+        self._ringing = True
         now = self._clock.now()
-        while self._pending:
-            alarm = next(iter(self._pending))
-            if alarm.when > now:
+        try:
+            while self._pending:
+                alarm = next(iter(self._pending))
+                if alarm.when > now:
+                    return
+                del self._pending[alarm]
+                alarm.callback()
+        finally:
+            # Also after a callback that raised, which is the loop's to report: the others must ring all the same.
+            self._ringing = False
+            if self._pending:
                 # The timer of a cancelled alarm rings in vain, then follows the oldest that still matters.
-                self._timer = self._clock.call_at(alarm.when, self._ring)
-                return
-            del self._pending[alarm]
-            alarm.callback()
+                self._timer = self._clock.call_at(next(iter(self._pending)).when, self._ring)
 
 
 class Alarm:
@@ -77,7 +84,7 @@ class Limit:
     """A block that is given up when it takes too long: ``with Limit(alarms): await …`` raises ``TimeoutError``.
 
     The same contract as ``asyncio.timeout``, on a shared timer: a cancellation from elsewhere passes untouched, and
-    when both happen the cancellation wins. With None for *alarms* there is no limit.
+    when both happen the cancellation wins. With None for *alarms* only :meth:`expire` ends the block.
     """
 
     __slots__ = ("_alarm", "_alarms", "_cancelling", "_task", "expired")
@@ -90,17 +97,18 @@ class Limit:
         self.expired = False
 
     def __enter__(self) -> Limit:
+        self._task = asyncio.current_task()
+        assert self._task is not None, "a Limit needs a running task"
+        self._cancelling = self._task.cancelling()
         if self._alarms is not None:
-            self._task = asyncio.current_task()
-            assert self._task is not None, "a Limit needs a running task"
-            self._cancelling = self._task.cancelling()
-            self._alarm = self._alarms.start(self._expire)
+            self._alarm = self._alarms.start(self.expire)
         return self
 
-    def _expire(self) -> None:
-        self.expired = True
-        assert self._task is not None
-        self._task.cancel()
+    def expire(self) -> None:
+        """End the block now, as if its time were up. Does nothing once it is over, or the second time."""
+        if self._task is not None and not self.expired:
+            self.expired = True
+            self._task.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,0 +1,245 @@
+"""What aiohttp does not tell about its connections: whether one is stale, how far a request got, when all are back.
+
+What is used here of aiohttp without being documented: of the connector ``connect``, ``_create_connection``,
+``_release_acquired``, ``_acquired`` and ``_factory``; of ``ResponseHandler`` ``set_exception``, ``should_close`` and
+``writing_paused``; ``Payload.write_with_length``. tests/transports/test_connections.py fails when one of them changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import socket
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.payload import Payload
+
+from ..utils.alarms import Alarm, Alarms, Limit
+from .base import Exchange
+
+if TYPE_CHECKING:
+    import ssl
+
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.client_reqrep import ClientRequest
+    from aiohttp.connector import Connection
+    from aiohttp.tracing import Trace
+
+_KEEP_ALIVE = tuple(
+    (socket.IPPROTO_TCP, getattr(socket, name), seconds)
+    # Seconds of silence before the first probe and between probes, and probes until the connection is given up: an
+    # answer may take minutes, and a NAT on the way forgets silent connections sooner.
+    for name, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 60), ("TCP_KEEPCNT", 5))
+    if hasattr(socket, name)
+)
+_SLICE = 1 << 18
+"""Bytes of a body given to the transport at once: what the kernel does not take is copied."""
+
+
+class Trip:
+    """One request under way: what the connection, the body and the sender know of each other."""
+
+    __slots__ = ("alarm", "exchange", "protocol")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.protocol: Protocol | None = None
+        self.alarm: Alarm | None = None
+
+    def handed_over(self) -> None:
+        """The last byte of the request was given to the transport."""
+        protocol = self.protocol
+        if protocol is None or protocol.transport is None or protocol.transport.is_closing():
+            return
+        if protocol.writing_paused:
+            protocol.flushing = self
+        else:
+            self.exchange.written = True
+
+
+TRIP: ContextVar[Trip] = ContextVar("brimful_trip")
+"""aiohttp has no way to hand anything of a request's own to the connector without its tracing machinery."""
+
+
+class Body(Payload):
+    """A request's body, which knows when it has been written. (aiohttp's own warns from 1 MB on.)"""
+
+    _autoclose = True
+
+    def __init__(self, value: bytes, trip: Trip) -> None:
+        super().__init__(value)
+        self._size = len(value)
+        self._trip = trip
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return str(self._value, encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        await self.write_with_length(writer, None)
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        value = self._value
+        if len(value) <= _SLICE:
+            await writer.write(value)
+        else:
+            for start in range(0, len(value), _SLICE):
+                await writer.write(value[start : start + _SLICE])
+        self._trip.handed_over()
+
+
+class Protocol(ResponseHandler):
+    """A connection that knows whether it has served, and tells the exchange when the first byte comes back."""
+
+    owner: Connector | None = None
+    served = False
+    awaiting: Exchange | None = None
+    """The exchange whose first byte of response is still to come."""
+    flushing: Trip | None = None
+    """The trip whose last bytes the kernel has not taken yet."""
+    readable: Callable[[int], list[tuple[int, int]]]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        # From the first byte that the kernel does not take, so that resuming means: all of it was taken.
+        transport.set_write_buffer_limits(0)
+        channel = transport.get_extra_info("socket")
+        self.readable = _watch(channel.fileno())
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for level, name, value in _KEEP_ALIVE:
+            channel.setsockopt(level, name, value)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self.flushing = self.awaiting = None
+        if self.owner is not None:
+            self.owner.protocols.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        if (exchange := self.awaiting) is not None:
+            exchange.started = True
+            self.awaiting = None
+        super().data_received(data)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if (trip := self.flushing) is not None:
+            self.flushing = None
+            trip.exchange.written = True
+            if trip.alarm is not None and self.owner is not None and self.owner.first_byte is not None:
+                # The time for the first byte counts from the request's end, and this one took long to send.
+                trip.alarm.cancel()
+                trip.alarm = self.owner.first_byte.start(self.expire)
+
+    def close(self) -> None:
+        # At once: closing politely would first flush the rest of a request that nobody wants any more, and under TLS
+        # wait up to 30 s for the other side's goodbye.
+        self.abort()
+
+    def expire(self) -> None:
+        """No answer in time: whoever waits for it gets the error and closes the connection."""
+        self.set_exception(aiohttp.SocketTimeoutError())
+
+    def is_stale(self) -> bool:
+        """Whether an idle connection has something to say: its end, or what nobody asked for. Neither can serve again.
+
+        Asks the kernel: when the loop was blocked, the server's FIN waits there unseen.
+        """
+        return self.should_close or bool(self.readable(0))
+
+
+class Connector(aiohttp.TCPConnector):
+    """A pool without an upper limit (the pool of clients is the limit), whose connections are :class:`Protocol`."""
+
+    def __init__(
+        self,
+        *,
+        tls: ssl.SSLContext | bool,
+        keepalive_seconds: float,
+        connect: Alarms | None,
+        first_byte: Alarms | None,
+    ) -> None:
+        keep: dict[str, Any] = (
+            {"keepalive_timeout": keepalive_seconds} if keepalive_seconds > 0 else {"force_close": True}
+        )
+        # The resolver by name: the default depends on whether aiodns happens to be installed.
+        super().__init__(limit=0, ssl=tls, resolver=aiohttp.ThreadedResolver(), **keep)
+        self._factory = partial(Protocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
+        self._connect = connect
+        self.first_byte = first_byte
+        self.protocols: set[Protocol] = set()
+        """The open connections that have been handed out at least once."""
+        self.opened = 0
+        self.connecting: set[Limit] = set()
+        self.on_drained: Callable[[], object] | None = None
+        """Called whenever the last connection has come back."""
+
+    def alarms(self) -> list[Alarms]:
+        return [alarms for alarms in (self._connect, self.first_byte) if alarms is not None]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are connecting, waiting for their answer, or reading it."""
+        return len(self._acquired)
+
+    def idle(self) -> list[Protocol]:
+        return [protocol for protocol in self.protocols if protocol not in self._acquired]
+
+    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
+        trip = TRIP.get()
+        while True:
+            connection = await super().connect(req, traces, timeout)
+            protocol = connection.protocol
+            assert isinstance(protocol, Protocol)
+            if not protocol.served:
+                self.opened += 1
+                self.protocols.add(protocol)
+                protocol.owner = self
+                break
+            if not protocol.is_stale():
+                break
+            connection.close()
+        exchange = trip.exchange
+        exchange.reused = protocol.served
+        try:
+            if exchange.on_connection is not None:
+                exchange.on_connection()
+        except BaseException:
+            connection.release()
+            raise
+        protocol.served = True
+        protocol.awaiting = exchange
+        trip.protocol = protocol
+        if self.first_byte is not None:
+            trip.alarm = self.first_byte.start(protocol.expire)
+        return connection
+
+    async def _create_connection(
+        self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        limit = Limit(self._connect)
+        self.connecting.add(limit)
+        try:
+            with limit:
+                return await super()._create_connection(req, traces, timeout)
+        finally:
+            self.connecting.discard(limit)
+
+    def _release_acquired(self, key: Any, proto: ResponseHandler) -> None:
+        super()._release_acquired(key, proto)
+        if self.on_drained is not None and not self._acquired:
+            self.on_drained()
+
+
+def _watch(descriptor: int) -> Callable[[int], list[tuple[int, int]]]:
+    """A function that says without waiting whether the socket has something to read."""
+    if not hasattr(select, "poll"):  # pragma: no cover - Windows
+        return lambda _: [(descriptor, 1)] if select.select([descriptor], [], [], 0)[0] else []
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return poller.poll
