@@ -46,6 +46,12 @@ class Secret:
         return (Secret, ("***",))
 
 
+def _shown(settings: msgspec.Struct, **masked: object) -> str:
+    """A repr in which *masked* stand for fields that may hold a credential which is no :class:`Secret`."""
+    fields = {name: masked.get(name, getattr(settings, name)) for name in settings.__struct_fields__}
+    return f"{type(settings).__name__}({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
+
+
 class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What one key may use in any window; None is no limit."""
 
@@ -108,6 +114,10 @@ class TransportSettings(msgspec.Struct, frozen=True, kw_only=True):
     keepalive_seconds: float = 30.0
     """How long an idle connection is kept. Shorter than any known server keeps it, so that it is us who close."""
 
+    def __repr__(self) -> str:
+        user, at, host = self.proxy.rpartition("@")
+        return _shown(self, proxy=f"***{at}{host}" if user else self.proxy)
+
 
 class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One provider: a dialect at an address, with its keys."""
@@ -132,6 +142,10 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     def custom(self) -> bool:
         """Whether the address is not the vendor's own, so that nothing is known of the models behind it."""
         return self.base_url is not None
+
+    def __repr__(self) -> str:
+        # A gateway's token is a header like any other.
+        return _shown(self, extra_headers=dict.fromkeys(self.extra_headers, "***"))
 
 
 class RateLimiterSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,7 +183,8 @@ class MiddlewareSettings(msgspec.Struct, frozen=True, kw_only=True):
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     extensions: dict[str, dict[str, Any]] = {}
-    """Registered middleware by name, with its own settings, in order: below the retry layer, above the attempt's log."""
+    """Registered middleware by name, with its own settings (``enabled`` among them), in order: below the retry layer,
+    above the attempt's log."""
 
 
 class LLMSettings(msgspec.Struct, frozen=True, kw_only=True):
