@@ -99,7 +99,8 @@ ERROR_BY_OPENING: Final[dict[str, type[LLMException]]] = {
 """First words of an ``invalid_request_error``, where the vendor has no code."""
 
 _LIMIT_HEADERS: Final = tuple(
-    f"anthropic-ratelimit-{name}-limit" for name in ("requests", "tokens", "input-tokens", "output-tokens")
+    (field, *(f"anthropic-ratelimit-{field.replace('_', '-')}-{word}" for word in ("limit", "remaining", "reset")))
+    for field in ("requests", "input_tokens", "output_tokens", "tokens")
 )
 # The dialect has no word for these, at any address.
 _NO_WORD: Final = frozenset(("frequency_penalty", "presence_penalty", "seed", "n"))
@@ -111,16 +112,16 @@ _SYSTEM: Final = MessageRole.SYSTEM
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
-class _CacheCreation(msgspec.Struct):
+class _CacheCreation(msgspec.Struct, gc=False):
     ephemeral_5m_input_tokens: _Tokens | None = None
     ephemeral_1h_input_tokens: _Tokens | None = None
 
 
-class _OutputDetails(msgspec.Struct):
+class _OutputDetails(msgspec.Struct, gc=False):
     thinking_tokens: _Tokens | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     input_tokens: _Tokens | None = None
     cache_creation_input_tokens: _Tokens | None = None
     cache_read_input_tokens: _Tokens | None = None
@@ -129,12 +130,12 @@ class _Usage(msgspec.Struct):
     output_tokens_details: _OutputDetails | None = None
 
 
-class _StopDetails(msgspec.Struct):
+class _StopDetails(msgspec.Struct, gc=False):
     category: str | None = None
     explanation: str | None = None
 
 
-class _Block(msgspec.Struct):
+class _Block(msgspec.Struct, gc=False):
     """A content block or a delta: of what we do not know, only the type is read."""
 
     type: str = ""
@@ -142,7 +143,7 @@ class _Block(msgspec.Struct):
     thinking: str | None = None
 
 
-class _PlainReply(msgspec.Struct):
+class _PlainReply(msgspec.Struct, gc=False):
     """A message without its usage, which must not spoil a good answer if it cannot be read."""
 
     type: str | None = None
@@ -153,16 +154,16 @@ class _PlainReply(msgspec.Struct):
     stop_details: _StopDetails | None = None
 
 
-class _Reply(_PlainReply):
+class _Reply(_PlainReply, gc=False):
     usage: _Usage | None = None
 
 
-class _Delta(_Block):
+class _Delta(_Block, gc=False):
     stop_reason: str | None = None
     stop_details: _StopDetails | None = None
 
 
-class _PlainEvent(msgspec.Struct):
+class _PlainEvent(msgspec.Struct, gc=False):
     """Any event of a stream, without usage."""
 
     type: str = ""
@@ -171,12 +172,12 @@ class _PlainEvent(msgspec.Struct):
     message: _PlainReply | None = None
 
 
-class _Event(_PlainEvent):
+class _Event(_PlainEvent, gc=False):
     message: _Reply | None = None
     usage: _Usage | None = None
 
 
-class _Named(msgspec.Struct):
+class _Named(msgspec.Struct, gc=False):
     type: str = ""
 
 
@@ -304,7 +305,7 @@ class AnthropicProvider:
             status = STATUS_BY_TYPE.get(said.type, 500)
         error = ERROR_BY_CODE.get(code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
         if error is LLMInvalidRequestError:
-            error = self._invalid(status, said)
+            error = self._invalid(request, status, said)
         hint = ""
         if error is LLMModelNotFoundError:
             gone = self._vendor.retirement(request.model)
@@ -325,15 +326,16 @@ class AnthropicProvider:
 
     def limits(self, headers: Headers) -> ObservedLimits | None:
         """The ``anthropic-ratelimit-*`` headers. Resets are dates and so count from the response's own ``Date``."""
-        if not any(name in headers for name in _LIMIT_HEADERS):
-            return None
         now = http_date(headers.get("date"))
-        return ObservedLimits(
-            requests=_limit(headers, "anthropic-ratelimit-requests-", now),
-            input_tokens=_limit(headers, "anthropic-ratelimit-input-tokens-", now),
-            output_tokens=_limit(headers, "anthropic-ratelimit-output-tokens-", now),
-            tokens=_limit(headers, "anthropic-ratelimit-tokens-", now),
-        )
+        found: dict[str, LimitState] = {}
+        for field, of_limit, of_remaining, of_reset in _LIMIT_HEADERS:
+            limit = whole_number(headers.get(of_limit))
+            remaining = whole_number(headers.get(of_remaining))
+            if limit is not None or remaining is not None:
+                full = rfc3339(headers.get(of_reset))
+                reset_after = max(0.0, full - now) if full is not None and now is not None else None
+                found[field] = LimitState(limit, remaining, reset_after)
+        return ObservedLimits(**found) if found else None
 
     def probe(self, key: str) -> HTTPRequest:
         """The list of models: free, and refused like any other request if the key is."""
@@ -411,10 +413,10 @@ class AnthropicProvider:
             raise self.classify(request, status, headers, body) from None
         return _Reply(plain.type, plain.id, plain.model, plain.content, plain.stop_reason, plain.stop_details)
 
-    def _invalid(self, status: int, said: ErrorBody) -> type[LLMException]:
+    def _invalid(self, request: Request, status: int, said: ErrorBody) -> type[LLMException]:
         """What kind of invalid: the vendor has a code for hardly any."""
-        if status == 404 and said.type == "not_found_error":
-            # The path is ours; all that can be missing is the model.
+        # At the vendor's own address the path is right, so all that can be missing is the model.
+        if status == 404 and said.type == "not_found_error" and (not self._custom or request.model in said.message):
             return LLMModelNotFoundError
         for opening, error in ERROR_BY_OPENING.items():
             if said.message.startswith(opening):
@@ -460,36 +462,52 @@ class AnthropicStream:
         self._content = False
 
     def __repr__(self) -> str:
-        state = "done" if self.done else f"failed: {self.error}" if self.error else "open"
+        state = "open" if self._open else "done" if self.done else type(self.error).__name__
         return f"<AnthropicStream {self.id or 'no message yet'}, {state}>"
+
+    @property
+    def _open(self) -> bool:
+        return not self.done and self.error is None
 
     def feed(self, data: bytes) -> list[StreamChunk]:
         """The chunks that *data* completes."""
         chunks: list[StreamChunk] = []
-        if self.done or self.error is not None:
+        if not self._open:
             return chunks
         for event in self._sse.feed(data):
             if not self._take(event.data, chunks):
-                return chunks
-        if self._sse.overflow:
-            self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
+                break
+        else:
+            if self._sse.overflow:
+                self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
+        if chunks:
+            self._content = True
         return chunks
 
     def end(self) -> list[StreamChunk]:
         """The body has ended; without ``message_stop`` that is an error."""
+        if not self._open:
+            return []
+        pending = self._sse.pending.lstrip()
         # Some servers forget the blank line after the last event.
         chunks = self.feed(b"\n\n")
         # Of an event that was cut in two nothing can be read: that is the cut's fault, and no breach of the dialect.
         if not self.done and (self.error is None or isinstance(self.error, LLMProtocolError)):
-            self.error = LLMStreamInterruptedError(
-                "the stream ended without message_stop",
-                provider=self._provider.name,
-                model=self.model,
-                sent=True,
-                retryable=not self._content,
-                usage=self.usage,
-            )
+            self.error = self._cut(pending)
         return chunks
+
+    def _cut(self, pending: bytes) -> LLMException:
+        if pending[:1] in (b"{", b"[", b"<"):
+            # This is no stream, but an error's body under status 200.
+            return self._provider.classify(self._request, 200, {}, pending)
+        return LLMStreamInterruptedError(
+            "the stream ended without message_stop",
+            provider=self._provider.name,
+            model=self.model,
+            sent=True,
+            retryable=not self._content,
+            usage=self.usage,
+        )
 
     def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
         """Take one event in; whether the stream goes on."""
@@ -533,10 +551,8 @@ class AnthropicStream:
 
     def _say(self, block: _Block, chunks: list[StreamChunk]) -> None:
         if block.text:
-            self._content = True
             chunks.append(StreamChunk(block.text))
         elif block.thinking:
-            self._content = True
             chunks.append(StreamChunk("", block.thinking))
 
     def _count(self, usage: _Usage | None) -> None:
@@ -589,12 +605,3 @@ def _usage(usage: _Usage) -> Usage:
 def _refusal(details: _StopDetails | None) -> str | None:
     """The model's words on why it declined, else the category it declined for."""
     return details.explanation or details.category if details is not None else None
-
-
-def _limit(headers: Headers, prefix: str, now: float | None) -> LimitState | None:
-    limit = whole_number(headers.get(prefix + "limit"))
-    remaining = whole_number(headers.get(prefix + "remaining"))
-    if limit is None and remaining is None:
-        return None
-    full = rfc3339(headers.get(prefix + "reset"))
-    return LimitState(limit, remaining, max(0.0, full - now) if full is not None and now is not None else None)

@@ -23,7 +23,6 @@ PLAIN: Final[dict[str, object]] = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "n": 1,
-    "stop": (),
 }
 """What every vendor does unasked: leaving one of these out changes nothing, so nobody is told."""
 
@@ -90,7 +89,11 @@ def catalog() -> Catalog:
 def asked(options: Options) -> dict[str, object]:
     """What *options* ask of the model by name, without ``max_tokens``, which each dialect treats in its own way."""
     said = msgspec.structs.asdict(options)
-    return {name: value for name, value in said.items() if value is not None and name not in _NOT_ASKED_OF_THE_MODEL}
+    wishes = {name: value for name, value in said.items() if value is not None and name not in _NOT_ASKED_OF_THE_MODEL}
+    if not options.stop:
+        # No stop sequences are no wish.
+        wishes.pop("stop", None)
+    return wishes
 
 
 def leave_out(

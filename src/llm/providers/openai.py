@@ -107,21 +107,24 @@ ERROR_BY_CODE: Final[dict[str, type[LLMException]]] = {
 
 _NOTHING_ASKED: Final = Options()
 _SYSTEM: Final = MessageRole.SYSTEM
+# The vendor has no word for it; compatible servers do.
+_NO_WORD: Final = frozenset(("top_k",))
 _STOPS: Final = 4
+"""Stop sequences that the vendor takes at most."""
 
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
-class _InputDetails(msgspec.Struct):
+class _InputDetails(msgspec.Struct, gc=False):
     cached_tokens: _Tokens | None = None
     cache_write_tokens: _Tokens | None = None
 
 
-class _OutputDetails(msgspec.Struct):
+class _OutputDetails(msgspec.Struct, gc=False):
     reasoning_tokens: _Tokens | None = None
 
 
-class _Usage(msgspec.Struct):
+class _Usage(msgspec.Struct, gc=False):
     prompt_tokens: _Tokens | None = None
     completion_tokens: _Tokens | None = None
     total_tokens: _Tokens | None = None
@@ -131,11 +134,11 @@ class _Usage(msgspec.Struct):
     """DeepSeek's word for cached tokens."""
 
 
-class _Part(msgspec.Struct):
+class _Part(msgspec.Struct, gc=False):
     text: str | None = None
 
 
-class _Words(msgspec.Struct):
+class _Words(msgspec.Struct, gc=False):
     """A message, or the delta of one."""
 
     content: str | list[_Part] | None = None
@@ -145,14 +148,14 @@ class _Words(msgspec.Struct):
     """What vLLM, OpenRouter and Ollama call ``reasoning_content``."""
 
 
-class _PlainChoice(msgspec.Struct):
+class _PlainChoice(msgspec.Struct, gc=False):
     index: int = 0
     message: _Words | None = None
     delta: _Words | None = None
     finish_reason: str | None = None
 
 
-class _PlainReply(msgspec.Struct):
+class _PlainReply(msgspec.Struct, gc=False):
     """A completion, or a chunk of one, without usage, which must not spoil a good answer if it cannot be read."""
 
     id: str | None = None
@@ -161,7 +164,7 @@ class _PlainReply(msgspec.Struct):
     error: msgspec.Raw | None = None
 
 
-class _Reply(_PlainReply):
+class _Reply(_PlainReply, gc=False):
     usage: _Usage | None = None
 
 
@@ -178,6 +181,7 @@ class OpenAIProvider:
         self.default_model: str | None = vendor.default
         self.custom = settings.custom
         self._vendor = vendor
+        self._refused = frozenset() if settings.custom else _NO_WORD
         self._strict = settings.unsupported == "raise"
         self._extra_body = settings.extra_body
         # Azure's classic addresses end in a query.
@@ -357,17 +361,15 @@ class OpenAIProvider:
                 provider=self.name,
                 model=request.model,
             )
-        refused = family.refuses
+        refused = self._refused | family.refuses
         if family.free_at_effort is not None:
             effort = (self._extra_body | (options.extra_body or {})).get("reasoning_effort") or family.default_effort
             if effort == family.free_at_effort:
-                refused = frozenset()
+                refused = self._refused
         strict = options.unsupported == "raise" if options.unsupported is not None else self._strict
         dropped = leave_out(wishes, refused, strict=strict, provider=self.name, model=request.model)
         stop = options.stop
-        if not stop:
-            wishes.pop("stop", None)
-        elif not self.custom and not isinstance(stop, str) and len(stop) > _STOPS:
+        if not self.custom and isinstance(stop, tuple) and len(stop) > _STOPS:
             raise LLMInvalidRequestError(
                 f"stop: {request.model} takes {_STOPS} of them, not {len(stop)}",
                 provider=self.name,
@@ -416,33 +418,47 @@ class OpenAIStream:
         self._content = False
 
     def __repr__(self) -> str:
-        state = "done" if self.done else f"failed: {self.error}" if self.error else "open"
+        state = "open" if self._open else "done" if self.done else type(self.error).__name__
         return f"<OpenAIStream {self.id or 'no chunk yet'}, {state}>"
+
+    @property
+    def _open(self) -> bool:
+        return not self.done and self.error is None
 
     def feed(self, data: bytes) -> list[StreamChunk]:
         """The chunks that *data* completes."""
         chunks: list[StreamChunk] = []
-        if self.done or self.error is not None:
+        if not self._open:
             return chunks
         for event in self._sse.feed(data):
             if not self._take(event.data, chunks):
-                return chunks
-        if self._sse.overflow:
-            self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
+                break
+        else:
+            if self._sse.overflow:
+                self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
+        if chunks:
+            self._content = True
         return chunks
 
     def end(self) -> list[StreamChunk]:
         """The body has ended; without its terminal event that is an error."""
+        if not self._open:
+            return []
+        pending = self._sse.pending.lstrip()
         # Some servers forget the blank line after the last event.
         chunks = self.feed(b"\n\n")
-        if self.done:
-            return chunks
-        if self.error is None and self._provider.custom and self.stop_reason is not None:
+        if self.error is None and self.stop_reason is not None and self._provider.custom:
             self._finish(chunks)
         # Of an event that was cut in two nothing can be read: that is the cut's fault, and no breach of the dialect.
-        elif self.error is None or isinstance(self.error, LLMProtocolError):
-            self.error = self._interrupted("the stream ended without [DONE]")
+        elif not self.done and (self.error is None or isinstance(self.error, LLMProtocolError)):
+            self.error = self._cut(pending)
         return chunks
+
+    def _cut(self, pending: bytes) -> LLMException:
+        if pending[:1] in (b"{", b"[", b"<"):
+            # This is no stream, but an error's body under status 200.
+            return self._provider.classify(self._request, 200, {}, pending)
+        return self._interrupted("the stream ended without [DONE]")
 
     def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
         """Take one event in; whether the stream goes on."""
@@ -489,17 +505,17 @@ class OpenAIStream:
         thinking = delta.reasoning_content or delta.reasoning
         if thinking:
             chunks.append(StreamChunk("", thinking))
-            self._content = True
         if delta.content:
             text = _text(delta.content)
             if text:
                 chunks.append(StreamChunk(text))
-                self._content = True
         if delta.refusal:
             chunks.append(StreamChunk("", "", delta.refusal))
-            self._content = self._refused = True
+            self._refused = True
 
     def _finish(self, chunks: list[StreamChunk]) -> None:
+        if self.done:
+            return
         reason = self.stop_reason or StopReason.UNKNOWN
         if self._refused and reason is StopReason.STOP:
             reason = StopReason.CONTENT_FILTER
@@ -566,10 +582,7 @@ def _status(said: ErrorBody) -> int:
 
 def _limit(headers: Headers, name: str) -> LimitState | None:
     text = headers.get("x-ratelimit-limit-" + name)
-    left = headers.get("x-ratelimit-remaining-" + name)
-    if text is None and left is None:
-        return None
-    limit, remaining = whole_number(text), whole_number(left)
+    limit, remaining = whole_number(text), whole_number(headers.get("x-ratelimit-remaining-" + name))
     # A limit that is no number (Azure: -1) makes "0 remaining" no fact either.
     if limit is None and (text is not None or remaining is None):
         return None

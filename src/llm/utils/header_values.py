@@ -49,8 +49,11 @@ def number(text: str | None) -> float | None:
 
 def whole_number(text: str | None) -> int | None:
     """A whole number of at least 0, else None (Azure has been seen to send ``-1``)."""
-    # isdecimal() alone would admit other scripts' digits; 18 of them fit any counter.
-    return int(text) if text and len(text) <= 18 and text.isascii() and text.isdecimal() else None
+    try:
+        value = int(text) if text else -1
+    except ValueError:
+        return None
+    return value if value >= 0 else None
 
 
 def go_duration(text: str | None) -> float | None:
@@ -68,8 +71,12 @@ def go_duration(text: str | None) -> float | None:
     return total if end == len(text) and total < math.inf else None
 
 
+@lru_cache(maxsize=256)
 def rfc3339(text: str | None) -> float | None:
-    """Seconds since 1970 of a timestamp such as ``2026-11-22T10:00:00Z``; without an offset it is no instant."""
+    """Seconds since 1970 of a timestamp such as ``2026-11-22T10:00:00Z``; without an offset it is no instant.
+
+    Cached, like ``http_date``: the headers of neighbouring responses name the same seconds.
+    """
     if not text:
         return None
     try:
@@ -81,7 +88,7 @@ def rfc3339(text: str | None) -> float | None:
 
 @lru_cache(maxsize=64)
 def http_date(text: str | None) -> float | None:
-    """Seconds since 1970 of an HTTP date in any of its three forms. Cached: a busy server repeats its ``Date``."""
+    """Seconds since 1970 of an HTTP date in any of its three forms."""
     match = _HTTP_DATE.fullmatch(text.strip()) if text else None
     if match is None:
         return None

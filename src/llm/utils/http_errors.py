@@ -83,7 +83,7 @@ def build_error(
     if said.structured and said.message:
         message = said.message
     else:
-        message = f"status {status} with no word of the vendor's: {said.message or said.code or said.type or 'the body is empty'}"
+        message = f"status {status}: {said.message or said.code or said.type or 'the body is empty'}"
     if hint:
         message = f"{message[: MAX_MESSAGE - len(hint) - 3]} ({hint})"
     found = error(

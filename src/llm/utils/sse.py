@@ -46,6 +46,11 @@ class SSEDecoder:
     def __repr__(self) -> str:
         return f"<SSEDecoder: {len(self._buffer)} bytes pending{', overflow' if self.overflow else ''}>"
 
+    @property
+    def pending(self) -> bytes:
+        """The bytes of the event that has begun and not ended. Of a body that is no stream: all of it."""
+        return bytes(self._buffer)
+
     def feed(self, data: bytes) -> list[Event]:
         """The events that *data* completes."""
         if self.overflow:
@@ -72,11 +77,12 @@ class SSEDecoder:
             if bounded and len(block) > self._max:
                 self.overflow = True
                 return events
-            if block.startswith(b"data: ") and b"\n" not in block:
+            # The two shapes that nearly every event of a vendor has; _parse reads all others.
+            if block[:6] == b"data: " and b"\n" not in block:
                 events.append(Event(block[6:], "message", self._last_id))
                 continue
             first, _, second = block.partition(b"\n")
-            if first.startswith(b"event: ") and second.startswith(b"data: ") and b"\n" not in second:
+            if first[:7] == b"event: " and second[:6] == b"data: " and b"\n" not in second:
                 events.append(Event(second[6:], first[7:].decode("utf-8", "replace") or "message", self._last_id))
             elif block:
                 self._parse(block, events)
