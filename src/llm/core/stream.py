@@ -254,7 +254,7 @@ class ResponseStream:
             self._settle(None)
 
     def _interrupted(self, error: LLMException) -> LLMException:
-        """What a failure of the connection means here: before content it may be repeated, after it the answer is cut."""
+        """What a lost connection means: before content the call may be repeated, after it the answer is cut."""
         if not self._content or not isinstance(error, (LLMConnectionError, LLMTimeoutError)):
             return error
         interrupted = LLMStreamInterruptedError(f"the stream was cut: {error.message}", sent=True)

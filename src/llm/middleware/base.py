@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
+from ..core.events import Events
 from ..core.exceptions import AttemptRecord, LLMException
 from ..core.settings import LimitSettings
 from ..core.stream import ResponseStream
 from ..core.types import KeyRef, LLMResponse, ObservedLimits, Request, Settlement, Usage
+from ..stores.base import Store
+from ..utils.clock import Clock
 
 Reply: TypeAlias = "LLMResponse | ResponseStream"
 
@@ -102,6 +105,7 @@ class Call:
         "attempts",
         "deadline",
         "id",
+        "idle_since",
         "model",
         "provider",
         "queued",
@@ -127,6 +131,8 @@ class Call:
         self.model = model
         """The model that was asked for; None lets the admitted key decide."""
         self.started = started
+        self.idle_since = started
+        """The instant at which the last attempt ended, or the call began."""
         self.deadline = deadline
         """The instant by which the whole call must have ended, on the manager's clock."""
         self.attempts: list[AttemptRecord] = []
@@ -146,6 +152,16 @@ class Call:
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.close()
+
+
+class Context(NamedTuple):
+    """What a registered middleware is built with, beside its own settings."""
+
+    provider: str
+    clock: Clock
+    random: Callable[[], float]
+    events: Events
+    store: Store
 
 
 Handler: TypeAlias = Callable[[Call], Awaitable[Reply]]

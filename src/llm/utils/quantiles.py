@@ -46,7 +46,7 @@ class Quantiles:
             rank -= self._buckets[bucket]
             if rank <= 0:
                 # The middle of the bucket, within what was really seen.
-                return min(max(GROWTH ** (bucket - 0.5), self.smallest), self.largest)
+                return min(max(float(GROWTH ** (bucket - 0.5)), self.smallest), self.largest)
         return self.largest
 
     def summary(self) -> dict[str, float]:

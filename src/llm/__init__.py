@@ -1,0 +1,115 @@
+"""One client for all your LLM keys: it keeps every limit, uses the quota it has, and survives its vendors."""
+
+from .core.client import LLMClient, StreamingCall
+from .core.events import Events
+from .core.exceptions import (
+    AttemptRecord,
+    LLMAuthenticationError,
+    LLMBudgetExceededError,
+    LLMCircuitOpenError,
+    LLMConfigurationError,
+    LLMConnectionError,
+    LLMContentFilteredError,
+    LLMContextLengthError,
+    LLMDeadlineExceededError,
+    LLMException,
+    LLMInvalidRequestError,
+    LLMModelNotFoundError,
+    LLMOverloadedError,
+    LLMPoolExhaustedError,
+    LLMProtocolError,
+    LLMProviderError,
+    LLMQuotaExhaustedError,
+    LLMRateLimitError,
+    LLMRequestTooLargeError,
+    LLMStreamInterruptedError,
+    LLMTimeoutError,
+    Scope,
+)
+from .core.manager import LLMManager, close_llm_manager, get_llm_manager, set_llm_manager
+from .core.settings import LLMSettings, ProviderSettings, Secret
+from .core.stream import ResponseStream
+from .core.types import (
+    CallOptions,
+    LLMResponse,
+    Message,
+    MessageRole,
+    Options,
+    Request,
+    Settlement,
+    StopReason,
+    StreamChunk,
+    Usage,
+)
+from .middleware.base import Admission, Call, Context, Handler, Middleware, Reply
+from .middleware.logging import LoggingMiddleware
+from .middleware.metrics import MetricsMiddleware
+from .middleware.rate_limiter import RateLimitMiddleware
+from .middleware.retry import RetryMiddleware
+from .middleware.stack import Layer
+from .providers.base import Provider
+from .stores.base import Store
+from .transports.base import Transport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Admission",
+    "AttemptRecord",
+    "Call",
+    "CallOptions",
+    "Context",
+    "Events",
+    "Handler",
+    "LLMAuthenticationError",
+    "LLMBudgetExceededError",
+    "LLMCircuitOpenError",
+    "LLMClient",
+    "LLMConfigurationError",
+    "LLMConnectionError",
+    "LLMContentFilteredError",
+    "LLMContextLengthError",
+    "LLMDeadlineExceededError",
+    "LLMException",
+    "LLMInvalidRequestError",
+    "LLMManager",
+    "LLMModelNotFoundError",
+    "LLMOverloadedError",
+    "LLMPoolExhaustedError",
+    "LLMProtocolError",
+    "LLMProviderError",
+    "LLMQuotaExhaustedError",
+    "LLMRateLimitError",
+    "LLMRequestTooLargeError",
+    "LLMResponse",
+    "LLMSettings",
+    "LLMStreamInterruptedError",
+    "LLMTimeoutError",
+    "Layer",
+    "LoggingMiddleware",
+    "Message",
+    "MessageRole",
+    "MetricsMiddleware",
+    "Middleware",
+    "Options",
+    "Provider",
+    "ProviderSettings",
+    "RateLimitMiddleware",
+    "Reply",
+    "Request",
+    "ResponseStream",
+    "RetryMiddleware",
+    "Scope",
+    "Secret",
+    "Settlement",
+    "StopReason",
+    "Store",
+    "StreamChunk",
+    "StreamingCall",
+    "Transport",
+    "Usage",
+    "__version__",
+    "close_llm_manager",
+    "get_llm_manager",
+    "set_llm_manager",
+]

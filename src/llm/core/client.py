@@ -1,0 +1,276 @@
+"""What users hold: a light handle that turns messages into calls and sends them down the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from difflib import get_close_matches
+from types import TracebackType
+from typing import Any, Self, Unpack, cast
+
+import msgspec
+
+from ..middleware.base import Call, Handler
+from ..utils.clock import Clock
+from .events import CallFinished, CallStarted, Events
+from .exceptions import LLMException, LLMInvalidRequestError
+from .stream import ResponseStream
+from .types import CallOptions, LLMResponse, Message, MessageRole, Options, Request, Settlement, StreamChunk, Usage
+
+NO_OPTIONS = Options()
+NO_USAGE = Usage()
+OPTION_NAMES = Options.__struct_fields__
+
+
+class Pipeline:
+    """One provider's layers as a client sees them: a handler, and what it takes to make a call of a request."""
+
+    __slots__ = ("aliases", "clock", "events", "handler", "name", "new_id")
+
+    def __init__(
+        self,
+        name: str,
+        handler: Handler,
+        *,
+        clock: Clock,
+        events: Events,
+        new_id: Callable[[], str],
+        aliases: Mapping[str, str],
+    ) -> None:
+        self.name = name
+        self.handler = handler
+        self.clock = clock
+        self.events = events
+        self.new_id = new_id
+        self.aliases = aliases
+
+    def call(self, request: Request, model: str | None) -> Call:
+        """The record of a new call."""
+        started = self.clock.now()
+        timeout = request.options.timeout
+        if model is not None:
+            model = self.aliases.get(model, model)
+        call = Call(
+            self.new_id(),
+            request,
+            provider=self.name,
+            model=model,
+            started=started,
+            deadline=started + timeout if timeout is not None else None,
+        )
+        if CallStarted in self.events.wanted:
+            self.events.publish(
+                CallStarted(at=started, provider=self.name, call_id=call.id, model=model, stream=request.stream)
+            )
+        return call
+
+    async def run(self, call: Call) -> LLMResponse | ResponseStream:
+        """Send *call* through the layers; whatever is raised tells of the attempts, and leaves no stream open."""
+        try:
+            reply = await self.handler(call)
+        except BaseException as error:
+            call.close_stream()
+            if isinstance(error, LLMException):
+                error.attempts = tuple(call.attempts)
+            self._finished(call, Settlement(error=error))
+            raise
+        if CallFinished in self.events.wanted:
+            reply.on_settled(lambda settlement: self._finished(call, settlement))
+        return reply
+
+    def _finished(self, call: Call, settlement: Settlement) -> None:
+        if CallFinished not in self.events.wanted:
+            return
+        now = self.clock.now()
+        usage = settlement.usage or NO_USAGE
+        self.events.publish(
+            CallFinished(
+                at=now,
+                provider=call.provider,
+                call_id=call.id,
+                model=call.admission.model if call.admission is not None else call.model,
+                error=type(settlement.error).__name__ if settlement.error is not None else None,
+                duration=now - call.started,
+                input_tokens=usage.input_tokens,
+                output_tokens=usage.output_tokens,
+            )
+        )
+
+
+class LLMClient:
+    """A handle on one provider, or on one model of it. Making one costs nothing and closing one is not needed.
+
+    Every call is balanced over the provider's keys. The keyword arguments given to ``get_client`` are the defaults of
+    every call.
+    """
+
+    __slots__ = ("_defaults", "_pipeline", "model")
+
+    def __init__(self, pipeline: Pipeline, *, model: str | None, defaults: CallOptions) -> None:
+        self._pipeline = pipeline
+        self.model = model
+        self._defaults = defaults
+        read_options(defaults, {})
+
+    def __repr__(self) -> str:
+        return f"<LLMClient {self.provider} {self.model or 'any model'}>"
+
+    @property
+    def provider(self) -> str:
+        """The provider's name in the configuration."""
+        return self._pipeline.name
+
+    async def chat(self, text: str, *, model: str | None = None, **options: Unpack[CallOptions]) -> str:
+        """The answer to one message, as text. Raises as ``complete`` does."""
+        return (await self.complete(text, model=model, **options)).text
+
+    async def complete(
+        self, messages: Sequence[Message] | str, *, model: str | None = None, **options: Unpack[CallOptions]
+    ) -> LLMResponse:
+        """The model's answer to a conversation; a string is one message of the user's.
+
+        It waits for as long as the keys' limits demand, unless ``timeout`` (seconds, for everything together) says
+        otherwise.
+
+        Raises:
+            LLMInvalidRequestError: the request itself is at fault, here or at the provider.
+            LLMDeadlineExceededError: ``timeout`` has passed, or cannot be met; then ``retry_after`` tells the wait.
+            LLMException: everything else, see its subclasses; ``attempts`` tells what was tried.
+        """
+        pipeline = self._pipeline
+        request = Request(read_messages(messages), "", read_options(self._defaults, options), False)
+        reply = await pipeline.run(pipeline.call(request, model or self.model))
+        return cast(LLMResponse, reply)
+
+    def stream_complete(
+        self, messages: Sequence[Message] | str, *, model: str | None = None, **options: Unpack[CallOptions]
+    ) -> StreamingCall:
+        """The answer piece by piece: ``async for chunk in client.stream_complete(…)``.
+
+        Better still ``async with client.stream_complete(…) as stream``, which closes the connection also when the
+        loop is left early. Nothing is sent before the first piece is asked for. Raises as ``complete`` does, and
+        LLMStreamInterruptedError when the answer breaks off.
+        """
+        request = Request(read_messages(messages), "", read_options(self._defaults, options), True)
+        return StreamingCall(self._pipeline, request, model or self.model)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing to release: clients hold nothing."""
+
+
+class StreamingCall:
+    """A streamed call that has not begun: iterate it, or enter it for the stream. It can be used once."""
+
+    __slots__ = ("_model", "_pipeline", "_request", "_stream")
+
+    def __init__(self, pipeline: Pipeline, request: Request, model: str | None) -> None:
+        self._pipeline = pipeline
+        self._request: Request | None = request
+        self._model = model
+        self._stream: ResponseStream | None = None
+
+    def __aiter__(self) -> _Chunks:
+        return _Chunks(self._open)
+
+    async def __aenter__(self) -> ResponseStream:
+        self._stream = await self._open()
+        return self._stream
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+    async def _open(self) -> ResponseStream:
+        request, self._request = self._request, None
+        if request is None:
+            raise LLMInvalidRequestError("a streamed call is used once: call stream_complete again for another answer")
+        pipeline = self._pipeline
+        reply = await pipeline.run(pipeline.call(request, self._model))
+        return cast(ResponseStream, reply)
+
+
+class _Chunks:
+    """The iterator of a plain ``async for``. Only the loop holds it: when the loop is left, the stream is closed."""
+
+    __slots__ = ("_open", "_stream")
+
+    def __init__(self, open: Callable[[], Awaitable[ResponseStream]]) -> None:
+        self._open = open
+        self._stream: ResponseStream | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> StreamChunk:
+        if self._stream is None:
+            self._stream = await self._open()
+        return await self._stream.__anext__()
+
+    def __del__(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+
+
+def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
+    """The conversation as a tuple of messages.
+
+    Raises:
+        LLMInvalidRequestError: it is empty, or something in it is not a message.
+    """
+    if isinstance(messages, str):
+        return (Message(MessageRole.USER, messages),)
+    if isinstance(messages, (Message, Mapping)):
+        raise LLMInvalidRequestError("messages: expected a list of messages, got a single one: put it in a list")
+    result = tuple(messages)
+    if not result:
+        raise LLMInvalidRequestError("messages: the list is empty, and a model answers at least one message")
+    for index, message in enumerate(result):
+        if type(message) is not Message:
+            raise LLMInvalidRequestError(
+                f"messages[{index}]: expected a Message, got {type(message).__name__}: "
+                'write Message(MessageRole.USER, "…")'
+            )
+        if type(message.content) is not str:
+            raise LLMInvalidRequestError(
+                f"messages[{index}].content: expected a str, got {type(message.content).__name__}"
+            )
+    return result
+
+
+def read_options(defaults: CallOptions, options: CallOptions) -> Options:
+    """The options of one call over the defaults of its client, checked.
+
+    Raises:
+        LLMInvalidRequestError: an unknown option, or a value of the wrong type or out of range.
+    """
+    if not options and not defaults:
+        return NO_OPTIONS
+    merged: dict[str, Any] = {**defaults, **options}
+    try:
+        result = msgspec.convert(merged, Options)
+    except msgspec.ValidationError as error:
+        raise _wrong_option(merged, str(error)) from None
+    if result.timeout is not None and not result.timeout > 0.0:
+        raise LLMInvalidRequestError(f"timeout: expected a positive number of seconds, got {result.timeout!r}")
+    if result.max_tokens is not None and result.max_tokens < 1:
+        raise LLMInvalidRequestError(f"max_tokens: expected a positive number, got {result.max_tokens!r}")
+    if result.n is not None and result.n < 1:
+        raise LLMInvalidRequestError(f"n: expected a positive number, got {result.n!r}")
+    return result
+
+
+def _wrong_option(options: Mapping[str, Any], complaint: str) -> LLMInvalidRequestError:
+    for name in options:
+        if name not in OPTION_NAMES:
+            close = get_close_matches(name, OPTION_NAMES, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(OPTION_NAMES))}"
+            return LLMInvalidRequestError(f"{name}: unknown option; {hint} (extra_body passes anything on)")
+    # msgspec names the place as `$.temperature`; the value itself might be a prompt and is not shown.
+    what, _, where = complaint.partition(" - at `$.")
+    return LLMInvalidRequestError(f"{where.rstrip('`') or 'options'}: {what[:1].lower()}{what[1:]}")

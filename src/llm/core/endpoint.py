@@ -1,0 +1,210 @@
+"""The end of the pipeline: one attempt, where a dialect and a transport meet."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from msgspec.structs import replace
+
+from ..middleware.base import Call, Reply
+from ..providers.base import Provider
+from ..transports.base import Exchange, Transport, TransportResponse
+from ..utils.alarms import Alarms, Limit
+from ..utils.clock import Clock
+from ..utils.redact import redact
+from .events import Events
+from .exceptions import (
+    AttemptRecord,
+    LLMAuthenticationError,
+    LLMConfigurationError,
+    LLMDeadlineExceededError,
+    LLMException,
+    LLMProtocolError,
+    LLMTimeoutError,
+    Scope,
+)
+from .pool import Key, ProviderPool
+from .stream import ResponseStream
+from .types import LLMResponse, Request
+
+PROBE_SECONDS = 10.0
+MAX_WARNED = 1000
+"""Pairs of model and option that were warned about; a bound, since models are the user's strings."""
+
+logger = logging.getLogger("brimful")
+
+
+class Prober:
+    """Asks the vendor, free of charge, whether a key works."""
+
+    def __init__(self, provider: Provider, transport: Transport, clock: Clock) -> None:
+        self._provider = provider
+        self._transport = transport
+        self._alarms = Alarms(PROBE_SECONDS, clock)
+
+    async def __call__(self, secret: str) -> int:
+        """The HTTP status of the answer. Raises LLMException when there was none."""
+        try:
+            with Limit(self._alarms):
+                response = await self._transport.send(self._provider.probe(secret), Exchange())
+                try:
+                    await response.read()
+                finally:
+                    response.close()
+                return response.status
+        except TimeoutError:
+            raise LLMTimeoutError("the probe was not answered in time") from None
+
+
+class Endpoint:
+    """Sends one attempt with the key that was admitted, and decodes the answer.
+
+    *attempt_timeout* (seconds) bounds the attempt; of a stream, the time until its first content.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        transport: Transport,
+        pool: ProviderPool,
+        *,
+        clock: Clock,
+        events: Events,
+        attempt_timeout: float | None,
+    ) -> None:
+        self._provider = provider
+        self._transport = transport
+        self._pool = pool
+        self._clock = clock
+        self._events = events
+        self._alarms = Alarms(attempt_timeout, clock) if attempt_timeout is not None else None
+        self._warned: set[tuple[str, str]] = set()
+
+    async def __call__(self, call: Call) -> Reply:
+        """One attempt.
+
+        Raises:
+            LLMException: whatever went wrong, told with provider, model and key.
+        """
+        admission = call.admission
+        if admission is None:
+            raise LLMConfigurationError(
+                "no layer has admitted the call: keep RateLimitMiddleware in the stack "
+                "(`middleware.rate_limiter.enabled: false` lifts the limits), or set call.admission in your own"
+            )
+        key = self._pool.key(admission.key)
+        request = replace(call.request, model=admission.model)
+        exchange = Exchange(admission.sent)
+        started = self._clock.now()
+        try:
+            reply = await self._attempt(call, key, request, exchange)
+        except LLMException as error:
+            self._describe(call, key, request.model, error)
+            error.sent = error.sent or exchange.connected
+            if error.status == 403 and isinstance(error, LLMAuthenticationError) and await self._pool.works(key):
+                # The key is good: it is this request that is not allowed.
+                error.scope = Scope.REQUEST
+            self._note(call, key, request.model, started, exchange, error)
+            error.attempts = tuple(call.attempts)
+            raise
+        self._note(call, key, request.model, started, exchange, None)
+        return reply
+
+    async def _attempt(self, call: Call, key: Key, request: Request, exchange: Exchange) -> Reply:
+        encoded = self._provider.encode(request, key.secret())
+        deadline = None
+        try:
+            with Limit(self._alarms) as limit:
+                if call.deadline is not None:
+                    deadline = self._clock.call_at(call.deadline, limit.expire)
+                response = await self._transport.send(encoded.request, exchange)
+                key.headers = response.headers
+                if request.stream and 200 <= response.status < 300:
+                    return await self._stream(call, key, request, response, encoded.dropped)
+                return await self._whole(key, request, response, encoded.dropped)
+        except TimeoutError:
+            if call.deadline is not None and self._clock.now() >= call.deadline:
+                raise LLMDeadlineExceededError("the call's deadline passed while it was being answered") from None
+            seconds = self._alarms.seconds if self._alarms is not None else 0.0
+            raise LLMTimeoutError(f"no answer within the attempt timeout of {seconds:g} s", phase="attempt") from None
+        finally:
+            if deadline is not None:
+                deadline.cancel()
+
+    async def _whole(
+        self, key: Key, request: Request, response: TransportResponse, dropped: tuple[str, ...]
+    ) -> LLMResponse:
+        body = await response.read()
+        status, headers = response.status, response.headers
+        if not 200 <= status < 300:
+            raise self._provider.classify(request, status, headers, body)
+        answer = self._provider.decode(request, status, headers, body)
+        if request.stream:
+            raise LLMProtocolError("a stream was asked for, and a whole answer came", status=status)
+        answer = replace(
+            answer,
+            provider=key.ref.provider,
+            key_id=key.ref.id,
+            warnings=self._warn(request.model, dropped) if dropped else (),
+        )
+        answer.__dict__["report"] = self._events.fault
+        return answer
+
+    async def _stream(
+        self, call: Call, key: Key, request: Request, response: TransportResponse, dropped: tuple[str, ...]
+    ) -> Reply:
+        headers = response.headers
+        if "json" in headers.get("content-type", "") and "event-stream" not in headers.get("content-type", ""):
+            # Some gateways answer an error, or everything, as plain JSON under status 200.
+            return await self._whole(key, request, response, dropped)
+        stream = ResponseStream(
+            response,
+            self._provider.stream_decoder(request),
+            clock=self._clock,
+            provider=key.ref.provider,
+            key_id=key.ref.id,
+            request_id=headers.get("request-id") or headers.get("x-request-id"),
+            warnings=self._warn(request.model, dropped) if dropped else (),
+            describe=partial(self._describe, call, key, request.model),
+            report=self._events.fault,
+        )
+        call.stream = stream
+        await stream.start()
+        if call.deadline is not None:
+            stream.set_deadline(call.deadline)
+        return stream
+
+    def _describe(self, call: Call, key: Key, model: str, error: LLMException) -> None:
+        error.provider = key.ref.provider
+        error.model = error.model or model
+        error.key_id = key.ref.id
+        error.attempts = tuple(call.attempts)
+        redact(error, key.secret())
+
+    def _note(
+        self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException | None
+    ) -> None:
+        now = self._clock.now()
+        call.attempts.append(
+            AttemptRecord(
+                number=len(call.attempts) + 1,
+                provider=key.ref.provider,
+                model=model,
+                key_id=key.ref.id,
+                waited=started - call.idle_since,
+                duration=now - started,
+                error=type(error).__name__ if error is not None else None,
+                status=error.status if error is not None else None,
+                sent=exchange.connected,
+            )
+        )
+        call.idle_since = now
+
+    def _warn(self, model: str, dropped: tuple[str, ...]) -> tuple[str, ...]:
+        warnings = tuple(f"{option} was not sent: {model} does not accept it" for option in dropped)
+        for option, warning in zip(dropped, warnings, strict=True):
+            if (model, option) not in self._warned and len(self._warned) < MAX_WARNED:
+                self._warned.add((model, option))
+                logger.warning("%s", warning, extra={"model": model, "option": option})
+        return warnings

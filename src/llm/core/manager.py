@@ -1,0 +1,468 @@
+"""The composition root: the only module that chooses implementations, and the one documented accessor.
+
+A manager builds, for each configured provider, a dialect, a transport, a pool and a pipeline, and owns them until it is
+closed. Building connects nothing and touches no event loop; the first call does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import random as randomness
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeAlias, Unpack
+from weakref import WeakKeyDictionary
+
+from ..middleware.base import Call, Context, Middleware, Reply, compose
+from ..middleware.logging import LoggingMiddleware
+from ..middleware.metrics import MetricsMiddleware
+from ..middleware.rate_limiter import RateLimitMiddleware
+from ..middleware.retry import RetryMiddleware
+from ..middleware.stack import Layer, default_stack
+from ..providers.base import Provider
+from ..stores.base import Store
+from ..stores.memory import MemoryStore
+from ..transports.base import Transport
+from ..utils.backoff import RetryPolicy
+from ..utils.clock import Clock, SystemClock
+from . import config
+from .client import LLMClient, Pipeline
+from .endpoint import Endpoint, Prober
+from .events import Events
+from .exceptions import LLMConfigurationError, LLMConnectionError
+from .pool import ProviderPool
+from .settings import LLMSettings, ProviderSettings
+from .types import CallOptions
+
+logger = logging.getLogger("brimful")
+
+ProviderFactory: TypeAlias = Callable[[ProviderSettings], Provider]
+TransportFactory: TypeAlias = Callable[[ProviderSettings, Clock], Transport]
+MiddlewareFactory: TypeAlias = Callable[[Mapping[str, Any], Context], Middleware]
+StoreFactory: TypeAlias = Callable[[Clock], Store]
+Arrange: TypeAlias = Callable[[list[Layer]], Sequence[Layer]]
+
+PROVIDERS_GROUP = "brimful.providers"
+MIDDLEWARE_GROUP = "brimful.middleware"
+STORES_GROUP = "brimful.stores"
+
+
+class _Line(NamedTuple):
+    """Everything that belongs to one provider."""
+
+    provider: Provider
+    transport: Transport
+    pool: ProviderPool
+    limiter: RateLimitMiddleware
+    layers: tuple[Layer, ...]
+    pipeline: Pipeline
+
+
+class LLMManager:
+    """Owns the providers' pools and pipelines. Use it in ``async with``, or close it when you are done.
+
+    *providers*, *middleware* and *store* register implementations by object: a factory ``(ProviderSettings) ->
+    Provider`` by dialect name, a middleware by the name it has in the configuration, a store. What is not given is
+    looked for among the entry points ``brimful.providers``, ``brimful.middleware`` and ``brimful.stores``.
+    *arrange* is handed the default layers of each provider, outermost first, and returns those to use.
+    *clock*, *random* (uniform in [0, 1)) and *transport* are for tests and simulations.
+    """
+
+    def __init__(
+        self,
+        settings: LLMSettings,
+        *,
+        providers: Mapping[str, ProviderFactory] | None = None,
+        middleware: Mapping[str, Middleware] | None = None,
+        store: Store | None = None,
+        arrange: Arrange | None = None,
+        clock: Clock | None = None,
+        random: Callable[[], float] = randomness.random,
+        transport: TransportFactory | None = None,
+    ) -> None:
+        self.settings = settings
+        self.events = Events()
+        """What happens in the calls' lives: ``manager.events.subscribe()``."""
+        self._clock: Clock = clock if clock is not None else SystemClock()
+        self._random = random
+        self._store = store if store is not None else _store(settings.store, self._clock)
+        self._closed = False
+        self._prefix = f"{int(random() * 0x10000):04x}"
+        self._numbers = itertools.count(1)
+        chosen = settings.middleware
+        self._metrics = (
+            MetricsMiddleware(clock=self._clock, events=self.events) if chosen.metrics.enabled else None
+        )
+        self._logging = (
+            LoggingMiddleware(clock=self._clock, events=self.events, content=chosen.logging.content)
+            if chosen.logging.enabled
+            else None
+        )
+        self._lines: dict[str, _Line] = {
+            name: self._line(provider, providers or {}, middleware or {}, arrange, transport or _http_transport)
+            for name, provider in settings.providers.items()
+        }
+
+    @classmethod
+    def from_config(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        environ: Mapping[str, str] | None = None,
+        providers: Mapping[str, ProviderFactory] | None = None,
+        middleware: Mapping[str, Middleware] | None = None,
+        store: Store | None = None,
+        arrange: Arrange | None = None,
+        clock: Clock | None = None,
+        random: Callable[[], float] = randomness.random,
+        transport: TransportFactory | None = None,
+    ) -> Self:
+        """A manager from a YAML file's path, or from a mapping of the same shape (``config/llm.yaml`` explains it).
+
+        *environ* answers ``${NAME}`` (default: the process's environment). It reads files: in a coroutine, call it
+        with ``asyncio.to_thread``, or use ``get_llm_manager``.
+
+        Raises:
+            LLMConfigurationError: something is wrong; the message names the place, what was seen and the mend.
+        """
+        settings = config.load(
+            source,
+            environ=environ if environ is not None else os.environ,
+            warn=logger.warning,
+            **_known(providers, middleware),
+        )
+        return cls(
+            settings,
+            providers=providers,
+            middleware=middleware,
+            store=store,
+            arrange=arrange,
+            clock=clock,
+            random=random,
+            transport=transport,
+        )
+
+    @classmethod
+    def discover(cls, *, environ: Mapping[str, str] | None = None, cwd: str | os.PathLike[str] | None = None) -> Self:
+        """A manager from what is found: ``LLM_CONFIG``, ``config/llm.yaml``, or the vendors' keys in the environment.
+
+        Raises:
+            LLMConfigurationError: nothing is found (the message lists the ways), or what is found is wrong.
+        """
+        settings = config.discover(
+            environ=environ if environ is not None else os.environ,
+            cwd=Path(cwd) if cwd is not None else Path.cwd(),
+            warn=logger.warning,
+            **_known(None, None),
+        )
+        return cls(settings)
+
+    def __repr__(self) -> str:
+        return f"<LLMManager: {', '.join(self._lines)}{', closed' if self._closed else ''}>"
+
+    def get_client(
+        self, provider: str | None = None, model: str | None = None, **defaults: Unpack[CallOptions]
+    ) -> LLMClient:
+        """A light handle on *provider* (else the default one), and on *model* if one is named.
+
+        *defaults* are the options of every call made with it.
+
+        Raises:
+            LLMConfigurationError: no such provider is configured.
+            LLMModelNotFoundError: no key of it is configured for *model*.
+            LLMInvalidRequestError: one of *defaults* is not an option.
+        """
+        line = self._lines.get(provider or self.settings.default_provider)
+        if line is None:
+            close = get_close_matches(provider or "", self._lines, 1)
+            raise LLMConfigurationError(
+                f"provider {provider!r} is not configured"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+                + f" Configured: {', '.join(self._lines)}."
+            )
+        if model is not None:
+            line.pool.route(line.pipeline.aliases.get(model, model))
+        return LLMClient(line.pipeline, model=model, defaults=defaults)
+
+    def get_status(self) -> dict[str, Any]:
+        """Where everything stands: ``providers`` (clients, keys, queue, limits, connections), ``metrics``, ``events``.
+
+        Keys appear by their place in the configuration (``anthropic/2``); no secret and no prompt is in it.
+        """
+        return {
+            "closed": self._closed,
+            "default_provider": self.settings.default_provider,
+            "providers": {name: self._provider_status(line) for name, line in self._lines.items()},
+            "metrics": self._metrics.snapshot() if self._metrics is not None else {},
+            "events": {"published": self.events.published, "dropped": self.events.dropped},
+            "faults": dict(self.events.faults),
+        }
+
+    async def close(self) -> None:
+        """Close everything: waiting calls fail, calls under way lose their connections, later calls are refused."""
+        if self._closed:
+            return
+        self._closed = True
+        for line in self._lines.values():
+            line.pipeline.handler = _refuse
+            line.limiter.close()
+        for line in self._lines.values():
+            await line.pool.close()
+            await line.transport.close()
+        await self._store.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _line(
+        self,
+        settings: ProviderSettings,
+        factories: Mapping[str, ProviderFactory],
+        objects: Mapping[str, Middleware],
+        arrange: Arrange | None,
+        transport_factory: TransportFactory,
+    ) -> _Line:
+        clock, chosen = self._clock, self.settings.middleware
+        provider = _provider_factory(settings.dialect, factories)(settings)
+        transport = transport_factory(settings, clock)
+        pool = ProviderPool(
+            settings,
+            clock=clock,
+            random=self._random,
+            events=self.events,
+            probe=Prober(provider, transport, clock),
+            default_model=provider.default_model,
+            max_pause=chosen.retry.max_retry_after,
+        )
+        _warn_of_retired(pool, provider)
+        limiter = RateLimitMiddleware(
+            pool,
+            clock=clock,
+            events=self.events,
+            enabled=chosen.rate_limiter.enabled,
+            guard=chosen.rate_limiter.guard_seconds,
+            acquire_timeout=settings.pool.acquire_timeout,
+        )
+        retry = (
+            RetryMiddleware(
+                RetryPolicy(
+                    max_attempts=chosen.retry.max_attempts,
+                    base_delay=chosen.retry.base_delay,
+                    max_delay=chosen.retry.max_delay,
+                    max_retry_after=chosen.retry.max_retry_after,
+                ),
+                clock=clock,
+                random=self._random,
+                events=self.events,
+            )
+            if chosen.retry.enabled
+            else None
+        )
+        layers: Sequence[Layer] = default_stack(
+            rate_limiter=limiter,
+            retry=retry,
+            logging=self._logging,
+            metrics=self._metrics,
+            extensions=self._extensions(settings.name, objects),
+        )
+        if arrange is not None:
+            layers = arrange(list(layers))
+        endpoint = Endpoint(
+            provider, transport, pool, clock=clock, events=self.events, attempt_timeout=settings.timeouts.attempt
+        )
+        pipeline = Pipeline(
+            settings.name,
+            compose([layer.middleware for layer in layers], endpoint),
+            clock=clock,
+            events=self.events,
+            new_id=self._new_id,
+            aliases=settings.model_aliases,
+        )
+        return _Line(provider, transport, pool, limiter, tuple(layers), pipeline)
+
+    def _extensions(self, provider: str, objects: Mapping[str, Middleware]) -> list[Layer]:
+        """The registered layers: those of the configuration in its order, then objects it does not mention."""
+        context = Context(
+            provider=provider, clock=self._clock, random=self._random, events=self.events, store=self._store
+        )
+        layers = []
+        configured = self.settings.middleware.extensions
+        for name, settings in configured.items():
+            if not settings.get("enabled", True):
+                continue
+            if name in objects:
+                layers.append(Layer(name, objects[name]))
+            else:
+                factory: MiddlewareFactory = _load(MIDDLEWARE_GROUP, name)
+                own = {key: value for key, value in settings.items() if key != "enabled"}
+                layers.append(Layer(name, factory(own, context)))
+        layers.extend(Layer(name, layer) for name, layer in objects.items() if name not in configured)
+        return layers
+
+    def _new_id(self) -> str:
+        return f"{self._prefix}-{next(self._numbers)}"
+
+    def _provider_status(self, line: _Line) -> dict[str, Any]:
+        status = line.pool.statistics()
+        status["limits"] = line.limiter.statistics()
+        status["connections"] = line.transport.statistics()
+        status["layers"] = [layer.name for layer in line.layers]
+        return status
+
+
+async def _refuse(call: Call) -> Reply:
+    raise LLMConnectionError("the manager is closed", provider=call.provider, retryable=False)
+
+
+def _http_transport(settings: ProviderSettings, clock: Clock) -> Transport:
+    # Not at the top: aiohttp costs more to import than everything else here together.
+    from ..transports.http import HTTPTransport
+
+    return HTTPTransport(
+        settings.transport, settings.timeouts, clock=clock, environ=os.environ, max_age=settings.pool.max_age
+    )
+
+
+def _provider_factory(dialect: str, factories: Mapping[str, ProviderFactory]) -> ProviderFactory:
+    if dialect in factories:
+        return factories[dialect]
+    if dialect == "anthropic":
+        from ..providers.anthropic import AnthropicProvider
+
+        return AnthropicProvider
+    if dialect == "openai":
+        from ..providers.openai import OpenAIProvider
+
+        return OpenAIProvider
+    factory: ProviderFactory = _load(PROVIDERS_GROUP, dialect)
+    return factory
+
+
+def _store(name: str, clock: Clock) -> Store:
+    if name == "memory":
+        return MemoryStore(clock=clock)
+    factory: StoreFactory = _load(STORES_GROUP, name)
+    return factory(clock)
+
+
+def _registered(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def _load(group: str, name: str) -> Any:
+    try:
+        return _registered(group)[name].load()
+    except KeyError:
+        raise LLMConfigurationError(f"{name!r} is not registered under the entry points {group}") from None
+
+
+def _known(
+    providers: Mapping[str, ProviderFactory] | None, middleware: Mapping[str, Middleware] | None
+) -> dict[str, Sequence[str]]:
+    """The names that a configuration may use: ours, those registered by object, and those by entry point."""
+    return {
+        "known_dialects": (*config.DIALECTS, *(providers or ()), *_registered(PROVIDERS_GROUP)),
+        "known_middleware": (*config.MIDDLEWARE, *(middleware or ()), *_registered(MIDDLEWARE_GROUP)),
+        "known_stores": (*config.STORES, *_registered(STORES_GROUP)),
+    }
+
+
+def _warn_of_retired(pool: ProviderPool, provider: Provider) -> None:
+    for key in pool.keys:
+        replacement = provider.replacement(key.model) if key.model is not None else None
+        if replacement is not None:
+            logger.warning(
+                "%s: model %s is retired or about to be, and is sent as configured; %s replaces it "
+                "(model_aliases maps one to the other)",
+                key.ref.id,
+                key.model,
+                replacement,
+            )
+
+
+# -- the accessor: one manager for each running event loop -------------------------------------------------------------
+
+
+class _Slot:
+    """The manager of one event loop, and the lock under which it is made."""
+
+    __slots__ = ("lock", "manager")
+
+    def __init__(self) -> None:
+        self.manager: LLMManager | None = None
+        self.lock = asyncio.Lock()
+
+
+_slots: WeakKeyDictionary[asyncio.AbstractEventLoop, _Slot] = WeakKeyDictionary()
+
+
+def _slot() -> _Slot:
+    loop = asyncio.get_running_loop()
+    # A manager knows its loop, so a weak key alone would never let go of either.
+    for other in [other for other in _slots if other.is_closed()]:
+        del _slots[other]
+    return _slots.setdefault(loop, _Slot())
+
+
+async def get_llm_manager(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> LLMManager:
+    """The manager of the running event loop, made at the first call.
+
+    Without *source* the configuration is looked for: ``LLM_CONFIG``, then ``config/llm.yaml`` under the working
+    directory, then the vendors' keys in the environment. *source* counts only when the manager is made.
+
+    Raises:
+        LLMConfigurationError: nothing is configured (the message lists the ways), or what is configured is wrong.
+    """
+    slot = _slot()
+    async with slot.lock:
+        if slot.manager is None or slot.manager._closed:
+            # Files are read and TLS contexts built: not on the loop.
+            make = LLMManager.discover if source is None else lambda: LLMManager.from_config(source)
+            slot.manager = await asyncio.to_thread(make)
+        return slot.manager
+
+
+class _Restore:
+    """Puts the manager back that was there before, at the end of a ``with`` block."""
+
+    __slots__ = ("_before", "_slot")
+
+    def __init__(self, slot: _Slot, before: LLMManager | None) -> None:
+        self._slot = slot
+        self._before = before
+
+    def __enter__(self) -> None:
+        """The manager was set already."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._slot.manager = self._before
+
+
+def set_llm_manager(manager: LLMManager | None) -> _Restore:
+    """Make *manager* (or none) that of the running loop: for good, or as a context manager until its block ends."""
+    slot = _slot()
+    before, slot.manager = slot.manager, manager
+    return _Restore(slot, before)
+
+
+async def close_llm_manager() -> None:
+    """Close the running loop's manager, if it has one; the next ``get_llm_manager`` makes a new one."""
+    slot = _slot()
+    manager, slot.manager = slot.manager, None
+    if manager is not None:
+        await manager.close()
