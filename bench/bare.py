@@ -1,0 +1,60 @@
+"""What we are measured against: the least one can write on aiohttp and msgspec. It imports nothing of the package."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import msgspec
+
+
+class Message(msgspec.Struct):
+    content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    message: Message | None = None
+    delta: Message | None = None
+    finish_reason: str | None = None
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Reply(msgspec.Struct):
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+HEADERS = {"authorization": "Bearer key1", "content-type": "application/json"}
+decode = msgspec.json.Decoder(Reply).decode
+
+
+def session() -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+    timeout = aiohttp.ClientTimeout(total=600, sock_connect=5, sock_read=120)
+    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout)
+
+
+async def complete(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> tuple[str, int]:
+    data = msgspec.json.encode(body)
+    async with http.post(url, data=data, headers=HEADERS, allow_redirects=False) as response:
+        reply = decode(await response.read())
+    message, usage = reply.choices[0].message, reply.usage
+    assert message is not None and usage is not None
+    return message.content or "", usage.completion_tokens
+
+
+async def stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> AsyncIterator[str]:
+    data, rest = msgspec.json.encode(body), b""
+    async with http.post(url, data=data, headers=HEADERS, allow_redirects=False) as response:
+        async for piece in response.content.iter_any():
+            *events, rest = (rest + piece).split(b"\n\n")
+            for event in events:
+                if event != b"data: [DONE]":
+                    for choice in decode(event[6:]).choices:
+                        if choice.delta is not None and choice.delta.content:
+                            yield choice.delta.content

@@ -1,0 +1,283 @@
+"""What a call costs, beside the least one could write: ``make bench``.
+
+Everything is measured in one process against ``server.py`` in another, pinned to different cores where there are two.
+CPU is the process's own (``time.process_time``); (a) the bare transport and (b) our client take turns, round by round,
+and medians of rounds are shown with their ratio. On a noisy machine trust the ratios. ``docs/performance.md`` explains
+each figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import gc
+import io
+import json
+import logging
+import os
+import platform
+import pstats
+import statistics
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import bare
+import server as canned
+
+import brimful
+
+PROMPT = "Say something about foxes and dogs, please."
+BODY = {"model": "gpt-6.1-terra", "messages": [{"role": "user", "content": PROMPT}]}
+STREAM_BODY = BODY | {"stream": True, "stream_options": {"include_usage": True}}
+ROUNDS = 11
+
+Work = Callable[[], Awaitable[object]]
+
+
+class CannedServer:
+    """``server.py`` as a process of its own."""
+
+    def __enter__(self) -> CannedServer:
+        script = Path(__file__).with_name("server.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(10)
+        self.process.stdout.close()
+
+    def url(self, mode: str = "") -> str:
+        return f"http://127.0.0.1:{self.port}{mode}/v1"
+
+
+def configuration(base_url: str, requests: int | None = None) -> dict[str, Any]:
+    """Three keys with three limits each; unless *requests* says otherwise they do not bind."""
+    limits = {
+        "requests_per_minute": requests or 50_000_000,
+        "input_tokens_per_minute": 50_000_000_000,
+        "output_tokens_per_minute": 10_000_000_000,
+    }
+    provider = {
+        "dialect": "openai",
+        "base_url": base_url,
+        "api_keys": ["bench-key-1", "bench-key-2", "bench-key-3"],
+        "models": "gpt-6.1-terra",
+        "rate_limits": limits,
+    }
+    return {"providers": {"openai": provider}}
+
+
+async def spend(work: Work, *, calls: int, concurrency: int) -> float:
+    """Microseconds of CPU a call, with *concurrency* callers in closed loops."""
+
+    async def caller() -> None:
+        for _ in range(calls // concurrency):
+            await work()
+
+    started = time.process_time()
+    await asyncio.gather(*(caller() for _ in range(concurrency)))
+    return (time.process_time() - started) / (calls // concurrency * concurrency) * 1e6
+
+
+async def interleaved(works: dict[str, Work], *, calls: int, concurrency: int, rounds: int) -> dict[str, list[float]]:
+    """The costs of each of *works*, round by round, taking turns."""
+    for work in works.values():
+        await spend(work, calls=max(concurrency, calls // 4), concurrency=concurrency)
+    costs: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(rounds):
+        # Who goes first changes, so that neither always runs on the other's warm or littered heap.
+        order = list(works.items())
+        for name, work in order if number % 2 else reversed(order):
+            gc.collect()
+            costs[name].append(await spend(work, calls=calls, concurrency=concurrency))
+    return costs
+
+
+def compare(costs: dict[str, list[float]], ours: str, theirs: str, *, per: int = 1) -> dict[str, float]:
+    """Medians, and the median of the rounds' ratios."""
+    ratios = [a / b for a, b in zip(costs[ours], costs[theirs], strict=True)]
+    return {
+        f"{theirs}_us": round(statistics.median(costs[theirs]) / per, 2),
+        f"{ours}_us": round(statistics.median(costs[ours]) / per, 2),
+        "ratio": round(statistics.median(ratios), 3),
+    }
+
+
+async def whole(base: CannedServer, rounds: int) -> dict[str, Any]:
+    """(b) over (a): answers in one piece."""
+    url = base.url() + "/chat/completions"
+    found: dict[str, Any] = {}
+    async with bare.session() as http, brimful.LLMManager.from_config(configuration(base.url())) as manager:
+        client = manager.get_client()
+
+        async def ours() -> None:
+            response = await client.complete(PROMPT)
+            assert response.text and response.usage.output_tokens
+
+        async def theirs() -> None:
+            text, tokens = await bare.complete(http, url, BODY)
+            assert text and tokens
+
+        for concurrency, calls in ((1, 500), (64, 2560), (500, 4000)):
+            costs = await interleaved(
+                {"bare": theirs, "brimful": ours}, calls=calls, concurrency=concurrency, rounds=rounds
+            )
+            found[f"concurrency {concurrency}"] = compare(costs, "brimful", "bare")
+    return found
+
+
+async def streamed(base: CannedServer, rounds: int) -> dict[str, Any]:
+    """(c) the same as streams, per event."""
+    found: dict[str, Any] = {}
+    for mode, concurrency, calls in (("burst", 1, 60), ("burst", 32, 320), ("paced", 32, 64)):
+        url = base.url("/" + mode)
+        async with bare.session() as http, brimful.LLMManager.from_config(configuration(url)) as manager:
+            client = manager.get_client()
+
+            async def ours(client: brimful.LLMClient = client) -> None:
+                pieces = 0
+                async for chunk in client.stream_complete(PROMPT):
+                    pieces += bool(chunk.text)
+                assert pieces == canned.EVENTS
+
+            async def theirs(http: aiohttp.ClientSession = http, url: str = url + "/chat/completions") -> None:
+                pieces = 0
+                async for text in bare.stream(http, url, STREAM_BODY):
+                    pieces += bool(text)
+                assert pieces == canned.EVENTS
+
+            costs = await interleaved(
+                {"bare": theirs, "brimful": ours}, calls=calls, concurrency=concurrency, rounds=rounds
+            )
+        found[f"{mode}, concurrency {concurrency}"] = compare(costs, "brimful", "bare", per=len(canned.PIECES))
+    return found
+
+
+async def profiled(work: Work, requests: int = 200) -> float:
+    """Function calls a request, sequential, under cProfile."""
+    for _ in range(20):
+        await work()
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(requests):
+        await work()
+    profile.disable()
+    return round(int(pstats.Stats(profile).total_calls) / requests, 1)  # type: ignore[attr-defined]
+
+
+async def function_calls(base: CannedServer) -> dict[str, float]:
+    """Deterministic, so it is what CI checks. The logger is at WARNING: formatting is the user's choice."""
+    url = base.url() + "/chat/completions"
+    level = logging.getLogger("brimful").level
+    logging.getLogger("brimful").setLevel(logging.WARNING)
+    try:
+        async with bare.session() as http, brimful.LLMManager.from_config(configuration(base.url())) as manager:
+            client = manager.get_client()
+            return {
+                "bare": await profiled(lambda: bare.complete(http, url, BODY)),
+                "brimful": await profiled(lambda: client.complete(PROMPT)),
+            }
+    finally:
+        logging.getLogger("brimful").setLevel(level)
+
+
+def imports(rounds: int = 15) -> dict[str, float]:
+    """Milliseconds of CPU that ``import brimful`` takes beyond ``import asyncio, msgspec``, byte code cached."""
+
+    def cost(statement: str) -> float:
+        code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRON)
+        return float(output.stdout) * 1e3
+
+    pairs = [(cost("import asyncio, msgspec"), cost("import asyncio, msgspec, brimful")) for _ in range(rounds)]
+    return {
+        "asyncio_msgspec_ms": round(statistics.median(base for base, _ in pairs), 1),
+        "brimful_ms": round(statistics.median(ours - base for base, ours in pairs), 1),
+    }
+
+
+async def waiting(base: CannedServer) -> dict[str, Any]:
+    """Calls in the queue: bytes each, and what their mere presence costs while its head is blocked."""
+    config = configuration(base.url(), requests=1)
+    messages = [brimful.Message(brimful.MessageRole.USER, PROMPT)]
+    found: dict[str, Any] = {}
+    async with brimful.LLMManager.from_config(config) as manager:
+        client = manager.get_client()
+        await asyncio.gather(*(client.complete(messages) for _ in range(3)))
+        logging.getLogger("brimful").setLevel(logging.ERROR)
+        gc.collect()
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        tasks = [asyncio.ensure_future(client.complete(messages)) for _ in range(10_000)]
+        await asyncio.sleep(0.5)
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        found["bytes_each"] = round((after - before) / len(tasks))
+        await asyncio.sleep(2.5)
+        started, cpu = time.monotonic(), time.process_time()
+        await asyncio.sleep(5.0)
+        found["percent_of_a_core"] = round((time.process_time() - cpu) / (time.monotonic() - started) * 100, 3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        logging.getLogger("brimful").setLevel(logging.INFO)
+    return found
+
+
+ENVIRON = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+async def measure(rounds: int) -> dict[str, Any]:
+    with CannedServer() as base:
+        return {
+            "machine": {"python": platform.python_version(), "aiohttp": aiohttp.__version__, "cores": os.cpu_count()},
+            "function_calls": await function_calls(base),
+            "whole": await whole(base, rounds),
+            "streamed": await streamed(base, rounds),
+            "waiting": await waiting(base),
+        }
+
+
+def show(result: dict[str, Any]) -> None:
+    for section, rows in result.items():
+        print(f"\n{section}")
+        for name, value in rows.items():
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"  {name:<28} {text}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.getLogger("brimful").addHandler(handler)
+    logging.getLogger("brimful").setLevel(logging.INFO)
+    logging.getLogger("brimful").propagate = False
+    result = asyncio.run(measure(options.rounds))
+    result["import"] = imports()
+    show(result)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

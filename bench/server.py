@@ -1,0 +1,147 @@
+"""The bench's server: canned answers as cheaply as Python can give them, in a process of its own.
+
+It imports nothing of the package. What it sends is realistic (a vendor's headers, a reply of 1 KB, events of 300
+bytes), and how it sends is the path's business: ``/v1/…`` answers at once, a streamed request under ``/burst/v1/…``
+gets all events in one segment, one under ``/paced/v1/…`` one event a segment.
+
+Run as a script it prints its port and serves until its standard input ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+
+EVENTS = 50
+PACE = 0.02
+"""Seconds between two events of a paced stream."""
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 6
+USAGE = {
+    "prompt_tokens": 21,
+    "completion_tokens": 97,
+    "total_tokens": 118,
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0, "accepted_prediction_tokens": 0},
+}
+REPLY = json.dumps(
+    {
+        "id": "chatcmpl-CqXy2bVt0pZ7Yh3KcD9eFgHiJkLmN",
+        "object": "chat.completion",
+        "created": 1795350000,
+        "model": "gpt-6.1-terra",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": TEXT, "refusal": None, "annotations": []},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": USAGE,
+        "service_tier": "default",
+        "system_fingerprint": "fp_3f2a9c81d0",
+    }
+).encode()
+
+HEADERS = (
+    b"date: Sun, 22 Nov 2026 10:00:00 GMT\r\nserver: cloudflare\r\nx-request-id: req_5f8a1c2e9b7d4f60a1b2c3d4e5f60718\r\n"
+    b"openai-organization: org-bench\r\nopenai-processing-ms: 412\r\nopenai-version: 2020-10-01\r\n"
+    b"x-ratelimit-limit-requests: 10000\r\nx-ratelimit-limit-tokens: 30000000\r\n"
+    b"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 29999970\r\n"
+    b"x-ratelimit-reset-requests: 6ms\r\nx-ratelimit-reset-tokens: 0s\r\n"
+    b"strict-transport-security: max-age=31536000; includeSubDomains; preload\r\nx-content-type-options: nosniff\r\n"
+    b'cf-cache-status: DYNAMIC\r\ncf-ray: 9a1b2c3d4e5f6071-FRA\r\nalt-svc: h3=":443"; ma=86400\r\n'
+)
+WHOLE = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    + HEADERS
+    + b"content-length: %d\r\n\r\n" % len(REPLY)
+    + REPLY
+)
+HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+    + HEADERS
+    + b"transfer-encoding: chunked\r\n\r\n"
+)
+
+
+def event(delta: dict[str, object], finish: str | None = None, usage: object = None) -> bytes:
+    """One chunk of a stream as the vendor frames it: about 300 bytes."""
+    chunk: dict[str, object] = {
+        "id": "chatcmpl-CqXy2bVt0pZ7Yh3KcD9eFgHiJkLmN",
+        "object": "chat.completion.chunk",
+        "created": 1795350000,
+        "model": "gpt-6.1-terra",
+        "service_tier": "default",
+        "system_fingerprint": "fp_3f2a9c81d0",
+        "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}] if usage is None else [],
+        "usage": usage,
+    }
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+PIECES = [
+    event({"role": "assistant", "content": "", "refusal": None}),
+    *(event({"content": f" piece number {number:04d} of the text"}) for number in range(EVENTS)),
+    event({}, "stop"),
+    event({}, usage=USAGE),
+    b"data: [DONE]\n\n",
+]
+BURST = HEAD + chunked(b"".join(PIECES)) + b"0\r\n\r\n"
+SEGMENTS = [HEAD + chunked(PIECES[0]), *map(chunked, PIECES[1:-1]), chunked(PIECES[-1]) + b"0\r\n\r\n"]
+
+
+class Server(asyncio.Protocol):
+    """HTTP/1.1 for the one client there is: requests have a content-length and are never pipelined."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.buffer = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self.buffer[:end].lower()
+        at = head.find(b"content-length:")
+        length = int(head[at + 15 :].split(b"\r\n", 1)[0]) if at >= 0 else 0
+        if len(self.buffer) < end + 4 + length:
+            return
+        self.buffer = b""
+        if b"/burst/" in head[:64]:
+            self.transport.write(BURST)
+        elif b"/paced/" in head[:64]:
+            self.send(0)
+        else:
+            self.transport.write(WHOLE)
+
+    def send(self, number: int) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.write(SEGMENTS[number])
+        if number + 1 < len(SEGMENTS):
+            asyncio.get_running_loop().call_later(PACE, self.send, number + 1)
+
+
+async def main() -> None:
+    if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Server, "127.0.0.1", 0, backlog=4096)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
