@@ -1,8 +1,9 @@
 """What aiohttp does not tell about its connections: whether one is stale, how far a request got, when all are back.
 
 What is used here of aiohttp without being documented: of the connector ``connect``, ``_create_connection``,
-``_release_acquired``, ``_acquired`` and ``_factory``; of ``ResponseHandler`` ``set_exception``, ``should_close`` and
-``writing_paused``; ``Payload.write_with_length``. tests/transports/test_connections.py fails when one of them changes.
+``_release_acquired``, ``_acquired`` and ``_factory``; of ``ResponseHandler`` ``set_exception``, ``should_close``,
+``writing_paused`` and ``_payload``; ``Payload.write_with_length``; and in http.py of the body's ``StreamReader``
+``_buffer`` and ``_read_nowait``, of the session ``_retry_connection``. tests/transports fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.payload import Payload
 
 from ..utils.alarms import Alarm, Alarms, Limit
@@ -61,6 +63,13 @@ class Trip:
         else:
             self.exchange.written = True
 
+    def wait_anew(self) -> None:
+        """The time for the first byte counts from the request's end, and this request took long to send."""
+        protocol = self.protocol
+        if self.alarm is not None and protocol is not None:
+            self.alarm.cancel()
+            self.alarm = protocol.wait_for_answer()
+
 
 TRIP: ContextVar[Trip] = ContextVar("brimful_trip")
 """aiohttp has no way to hand anything of a request's own to the connector without its tracing machinery."""
@@ -89,6 +98,7 @@ class Body(Payload):
         else:
             for start in range(0, len(value), _SLICE):
                 await writer.write(value[start : start + _SLICE])
+            self._trip.wait_anew()
         self._trip.handed_over()
 
 
@@ -131,15 +141,28 @@ class Protocol(ResponseHandler):
         if (trip := self.flushing) is not None:
             self.flushing = None
             trip.exchange.written = True
-            if trip.alarm is not None and self.owner is not None and self.owner.first_byte is not None:
-                # The time for the first byte counts from the request's end, and this one took long to send.
-                trip.alarm.cancel()
-                trip.alarm = self.owner.first_byte.start(self.expire)
+            trip.wait_anew()
 
     def close(self) -> None:
         # At once: closing politely would first flush the rest of a request that nobody wants any more, and under TLS
         # wait up to 30 s for the other side's goodbye.
+        payload = self._payload
         self.abort()
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            # aiohttp forgets whoever is reading: closing the session would leave them waiting for ever.
+            payload.set_exception(aiohttp.ClientConnectionError("closed"))
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException | None = None) -> None:
+        super().set_exception(exc, *(() if exc_cause is None else (exc_cause,)))
+        if isinstance(exc, HttpProcessingError) and self._payload is not None and self._payload.exception() is None:
+            # Broken framing in the middle of a body: aiohttp's parser has let go of the body, and its reader would
+            # wait for ever. (Not for other errors: an early refusal is still readable when the request cannot be sent.)
+            self._payload.set_exception(exc)
+
+    def wait_for_answer(self) -> Alarm | None:
+        """Start the time for the first byte."""
+        limit = None if self.owner is None else self.owner.first_byte
+        return None if limit is None else limit.start(self.expire)
 
     def expire(self) -> None:
         """No answer in time: whoever waits for it gets the error and closes the connection."""
@@ -215,8 +238,7 @@ class Connector(aiohttp.TCPConnector):
         protocol.served = True
         protocol.awaiting = exchange
         trip.protocol = protocol
-        if self.first_byte is not None:
-            trip.alarm = self.first_byte.start(protocol.expire)
+        trip.alarm = protocol.wait_for_answer()
         return connection
 
     async def _create_connection(

@@ -23,7 +23,8 @@ class Exemption(NamedTuple):
             return False
         if self.network is not None:
             return address is not None and address in self.network
-        return not self.name or host == self.name or host.endswith("." + self.name)
+        # Only names have subdomains: 10.0.0.0 is not below a host called "0.0".
+        return not self.name or host == self.name or (address is None and host.endswith("." + self.name))
 
 
 class ProxyRules:

@@ -1,0 +1,310 @@
+"""The HTTP transport over real sockets: the port's sentences, requests, errors, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from llm.core.exceptions import (
+    LLMConfigurationError,
+    LLMConnectionError,
+    LLMException,
+)
+from llm.testing.clock import FakeClock
+from llm.transports.base import Exchange, HTTPRequest, Transport
+from tests.transports.conformance import Play, TransportConformance
+from tests.transports.server import CHUNKED, MOMENT, Peer, answering, ask, http, post, serve, talking, until
+
+
+class TestHTTPTransport(TransportConformance):
+    @asynccontextmanager
+    async def playing(self, plays: Sequence[Play]) -> AsyncIterator[tuple[Transport, str]]:
+        left = iter(plays)
+
+        async def handler(peer: Peer) -> None:
+            while True:
+                await peer.request()
+                play = next(left)
+                if play.ending == "mute":
+                    await peer.gone()
+                if play.ending == "refuse":
+                    return peer.close()
+                head = "".join(f"{name}: {value}\r\n" for name, value in play.headers.items())
+                peer.send(f"HTTP/1.1 {play.status} X\r\n{head}transfer-encoding: chunked\r\n\r\n".encode())
+                for piece in play.pieces:
+                    peer.send(b"%x\r\n%s\r\n" % (len(piece), piece))
+                    await asyncio.sleep(0)
+                if play.ending == "cut":
+                    return peer.close()
+                if play.ending == "stall":
+                    await peer.gone()
+                peer.send(b"0\r\n\r\n")
+
+        async with serve(handler) as server:
+            transport = http()
+            yield transport, server.url
+            await transport.close()
+
+
+async def test_a_request_that_was_not_wholly_taken_is_not_called_written() -> None:
+    async def deaf(peer: Peer) -> None:
+        await asyncio.Event().wait()
+
+    exchange = Exchange()
+    async with talking(deaf) as (transport, server):
+        task = asyncio.create_task(transport.send(post(server.url, bytes(32 << 20)), exchange))
+        await until(lambda: exchange.connected)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not exchange.written
+        await until(lambda: transport.statistics()["open"] == 0)
+
+
+async def test_an_early_refusal_of_a_long_request_is_still_an_answer() -> None:
+    async def handler(peer: Peer) -> None:
+        await peer.reader.readuntil(b"\r\n\r\n")
+        peer.answer(b"too large", status="413 X")
+        await peer.gone()
+
+    async with talking(handler) as (transport, server):
+        response = await transport.send(post(server.url, bytes(8 << 20)), Exchange())
+        assert (response.status, await response.read()) == (413, b"too large")
+
+
+async def test_what_the_server_reads_is_what_was_asked_and_who_asks() -> None:
+    heads: list[bytes] = []
+    bodies: list[bytes] = []
+
+    async def handler(peer: Peer) -> None:
+        while True:
+            head, body = await peer.request()
+            heads.append(head)
+            bodies.append(body)
+            peer.answer()
+
+    async with talking(handler) as (transport, server):
+        await ask(transport, server.url)
+        response = await transport.send(HTTPRequest("GET", server.url + "?page=2", {}), exchange := Exchange())
+        await response.read()
+    lines = heads[0].decode().lower().split("\r\n")
+    assert lines[0] == "post /v1/messages http/1.1"
+    assert f"host: 127.0.0.1:{server.port}" in lines
+    assert "x-api-key: sk-planted" in lines
+    assert "content-type: application/json" in lines
+    assert "accept-encoding: gzip, deflate" in lines
+    assert [line for line in lines if line.startswith("user-agent: brimful/")]
+    assert bodies == [b'{"model": "m"}', b""]
+    assert heads[1].startswith(b"GET /v1/messages?page=2 HTTP/1.1\r\n")
+    assert b"content-length" not in heads[1].lower()
+    assert exchange.written
+
+
+@pytest.mark.parametrize(
+    "url", ["not a url", "http://", "ftp://vendor.test/", "http://[::1/", "/v1/messages", "http://h:x/"]
+)
+async def test_a_url_that_leads_nowhere_is_a_mistake_of_the_configuration(url: str) -> None:
+    transport = http()
+    with pytest.raises(LLMConfigurationError, match="base_url"):
+        await transport.send(post(url), Exchange())
+    await transport.close()
+
+
+async def test_a_header_that_breaks_the_line_never_leaves() -> None:
+    async with talking() as (transport, server):
+        request = HTTPRequest("POST", server.url, {"x-api-key": "sk-planted\r\nx-evil: 1"}, b"{}")
+        with pytest.raises(LLMConfigurationError) as caught:
+            await transport.send(request, Exchange())
+        assert "sk-planted" not in repr(caught.value)
+
+
+async def test_an_error_names_the_host_and_neither_the_key_nor_the_query() -> None:
+    async def handler(peer: Peer) -> None:
+        await peer.request()
+        peer.reset()
+
+    async with talking(handler) as (transport, server):
+        url = f"http://user:sk-userinfo@127.0.0.1:{server.port}/v1?key=sk-query"
+        with pytest.raises(LLMConnectionError, match=f"127.0.0.1:{server.port}") as caught:
+            await transport.send(post(url), Exchange())
+        error: BaseException | None = caught.value
+        while error is not None:
+            assert "sk-" not in f"{error} {error!r} {error.args}"
+            error = error.__cause__ or error.__context__
+
+
+async def test_nobody_listening_is_an_error_of_a_request_that_never_left() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        transport = http()
+        with pytest.raises(LLMConnectionError, match=f"no connection to 127.0.0.1:{port}") as caught:
+            await transport.send(post(f"http://127.0.0.1:{port}/"), Exchange())
+        await transport.close()
+    assert not caught.value.sent
+    assert caught.value.retryable
+    assert isinstance(caught.value.__cause__, ConnectionRefusedError)
+
+
+async def test_a_name_that_does_not_resolve_is_named() -> None:
+    transport = http()
+    with pytest.raises(LLMConnectionError, match="nowhere.invalid") as caught:
+        await transport.send(post("http://nowhere.invalid/"), Exchange())
+    await transport.close()
+    assert not caught.value.sent
+
+
+async def test_closing_while_connecting_does_not_wait_for_the_timeout() -> None:
+    async def silent(peer: Peer) -> None:
+        await peer.gone()
+
+    async with talking(silent, connect=None) as (transport, server):
+        task = asyncio.create_task(transport.send(post(server.url.replace("http:", "https:")), Exchange()))
+        await until(lambda: server.connections)
+        async with asyncio.timeout(20 * MOMENT):
+            await transport.close()
+        with pytest.raises(LLMConnectionError, match="closed") as caught:
+            await task
+        assert not caught.value.sent
+
+
+async def test_closing_under_load_ends_every_call_with_a_clear_error() -> None:
+    async def handler(peer: Peer) -> None:
+        await peer.request()
+        if peer.number % 2:
+            peer.send(CHUNKED, b"4\r\ngood\r\n")
+        await peer.gone()
+
+    async with talking(handler) as (transport, server):
+        tasks = [asyncio.create_task(ask(transport, server.url)) for _ in range(20)]
+        await until(lambda: server.connections == 20)
+        await asyncio.sleep(MOMENT)
+        await transport.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(result) for result in results} == {LLMConnectionError}
+        assert transport.statistics() == {"open": 0, "idle": 0, "opened": 20, "in_flight": 0}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors under /proc")
+def test_after_close_no_socket_task_or_timer_is_left() -> None:
+    clock = FakeClock()
+
+    async def use() -> int:
+        async with serve(answering) as server:
+            transport = http(clock=clock)
+            await asyncio.gather(*(ask(transport, server.url) for _ in range(10)))
+            given_up = await transport.send(post(server.url), Exchange())
+            given_up.close()
+            await transport.close()
+            sockets = sum(len(generation.connector.protocols) for generation in transport._generations())
+            assert sockets == 0
+            tasks = [
+                task for task in asyncio.all_tasks() if "run" not in repr(task) and task is not asyncio.current_task()
+            ]
+            assert tasks == []
+            return clock.timers
+
+    before = descriptors()
+    assert asyncio.run(use()) == 0
+    assert descriptors() == before
+
+
+def test_it_may_be_built_outside_a_loop_and_used_in_one_after_the_other() -> None:
+    transport = http()
+
+    async def use() -> bytes:
+        async with serve(answering) as server:
+            answer = await ask(transport, server.url)
+            assert transport.statistics()["opened"] == 1
+            await transport.close() if last else None
+            return answer
+
+    last = False
+    assert asyncio.run(use()) == b"ok"
+    last = True
+    assert asyncio.run(use()) == b"ok"
+
+
+async def test_another_loop_is_told_so_while_the_first_is_alive() -> None:
+    async with talking() as (transport, server):
+        await ask(transport, server.url)
+        caught: list[BaseException] = []
+
+        def elsewhere() -> None:
+            try:
+                asyncio.run(ask(transport, server.url))
+            except LLMException as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await until(lambda: not thread.is_alive())
+        thread.join()
+        (error,) = caught
+        assert isinstance(error, LLMConfigurationError)
+        assert "another event loop" in str(error)
+        assert await ask(transport, server.url) == b"ok", "the first loop is not disturbed"
+
+
+async def test_a_response_can_be_closed_from_another_thread() -> None:
+    async def handler(peer: Peer) -> None:
+        await peer.request()
+        peer.send(CHUNKED)
+        await peer.gone()
+
+    async with talking(handler) as (transport, server):
+        response = await transport.send(post(server.url), Exchange())
+        thread = threading.Thread(target=response.close)
+        thread.start()
+        await server.peers[0].lost.wait()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_starts_afresh_and_leaves_the_parents_connections_alone() -> None:
+    transport = http()
+    loop = asyncio.new_event_loop()
+
+    async def use(url: str) -> Exchange:
+        exchange = Exchange()
+        assert await ask(transport, url, exchange) == b"ok"
+        return exchange
+
+    async def main() -> None:
+        async with serve(answering) as server:
+            await use(server.url)
+            child = await asyncio.to_thread(in_child, server.url)
+            assert child == 0
+            assert (await use(server.url)).reused, "the parent's connection is still good"
+            assert server.connections == 2
+            await transport.close()
+
+    def in_child(url: str) -> int:
+        pid = os.fork()
+        if pid:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = 1
+        try:
+            exchange = asyncio.run(use(url))
+            code = 0 if exchange.reused is False else 2
+        finally:
+            os._exit(code)
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
