@@ -300,7 +300,7 @@ class AnthropicProvider:
         code = said.details.get("error_code")
         code = code if isinstance(code, str) else ""
         if status < 300:
-            if not (said.structured and (said.type or said.message)):
+            if not said.is_error:
                 return self.malformed(request, f"status {status} with a body that is no message", body)
             status = STATUS_BY_TYPE.get(said.type, 500)
         error = ERROR_BY_CODE.get(code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
@@ -480,8 +480,6 @@ class AnthropicStream:
         else:
             if self._sse.overflow:
                 self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
-        if chunks:
-            self._content = True
         return chunks
 
     def end(self) -> list[StreamChunk]:
@@ -551,8 +549,10 @@ class AnthropicStream:
 
     def _say(self, block: _Block, chunks: list[StreamChunk]) -> None:
         if block.text:
+            self._content = True
             chunks.append(StreamChunk(block.text))
         elif block.thinking:
+            self._content = True
             chunks.append(StreamChunk("", block.thinking))
 
     def _count(self, usage: _Usage | None) -> None:

@@ -12,6 +12,7 @@ Sources: the vendor's API reference, and what compatible servers were seen to se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -135,7 +136,10 @@ class _Usage(msgspec.Struct, gc=False):
 
 
 class _Part(msgspec.Struct, gc=False):
+    """A part of an answer in parts, as Mistral's thinking models write them."""
+
     text: str | None = None
+    thinking: list[_Part] | None = None
 
 
 class _Words(msgspec.Struct, gc=False):
@@ -155,17 +159,28 @@ class _PlainChoice(msgspec.Struct, gc=False):
     finish_reason: str | None = None
 
 
+class _Choice(_PlainChoice, gc=False):
+    usage: _Usage | None = None
+    """Moonshot's place for it."""
+
+
+class _Groq(msgspec.Struct, gc=False):
+    usage: _Usage | None = None
+
+
 class _PlainReply(msgspec.Struct, gc=False):
     """A completion, or a chunk of one, without usage, which must not spoil a good answer if it cannot be read."""
 
     id: str | None = None
     model: str | None = None
-    choices: list[_PlainChoice] | None = None
-    error: msgspec.Raw | None = None
+    choices: Sequence[_PlainChoice] | None = None
+    error: Any = None
 
 
 class _Reply(_PlainReply, gc=False):
+    choices: Sequence[_Choice] | None = None
     usage: _Usage | None = None
+    x_groq: _Groq | None = None
 
 
 _decode: Final = msgspec.json.Decoder(_Reply).decode
@@ -246,7 +261,7 @@ class OpenAIProvider:
         if not reply.choices:
             raise self.classify(request, status, headers, body)
         choice = reply.choices[0]
-        if choice.finish_reason in BROKEN_OFF or (reply.error is not None and choice.message is None):
+        if choice.finish_reason in BROKEN_OFF or (reply.error and choice.message is None):
             raise self.broken_off(request, choice.finish_reason, headers, body)
         words = choice.message or _Words()
         reason = STOP_REASON.get(choice.finish_reason or "", StopReason.UNKNOWN)
@@ -256,7 +271,7 @@ class OpenAIProvider:
             usage=_usage(reply.usage) if reply.usage is not None else Usage(),
             stop_reason=StopReason.CONTENT_FILTER if words.refusal and reason is StopReason.STOP else reason,
             refusal=words.refusal or None,
-            thinking=words.reasoning_content or words.reasoning or "",
+            thinking=_thinking(words),
             alternatives=tuple(_text(other.message.content) for other in reply.choices[1:] if other.message)
             if len(reply.choices) > 1
             else (),
@@ -273,7 +288,7 @@ class OpenAIProvider:
         """The error that *body* means under *status*; of a status 2xx, the error the body tells of."""
         said = read_error_body(body)
         if status < 300:
-            if not (said.structured and (said.type or said.code or said.message)):
+            if not said.is_error:
                 return self.malformed(request, f"status {status} with a body that is no completion", body)
             status = _status(said)
         error = ERROR_BY_CODE.get(said.code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
@@ -436,8 +451,6 @@ class OpenAIStream:
         else:
             if self._sse.overflow:
                 self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
-        if chunks:
-            self._content = True
         return chunks
 
     def end(self) -> list[StreamChunk]:
@@ -478,7 +491,7 @@ class OpenAIStream:
                     return True
                 self.error = self._provider.malformed(self._request, "an event of the stream cannot be read", data)
                 return False
-        if reply.error is not None:
+        if reply.error:
             self.error = self._provider.broken_off(self._request, "error", {}, data)
             return False
         if not self.id:
@@ -487,10 +500,14 @@ class OpenAIStream:
             self.model = reply.model
         if reply.usage is not None:
             self.usage = _usage(reply.usage)
+        elif reply.x_groq is not None and reply.x_groq.usage is not None:
+            self.usage = _usage(reply.x_groq.usage)
         for choice in reply.choices or ():
             # A second answer was not asked for: it cannot be told from the first in one stream of text.
             if choice.index != 0:
                 continue
+            if choice.usage is not None:
+                self.usage = _usage(choice.usage)
             if choice.delta is not None:
                 self._say(choice.delta, chunks)
             reason = choice.finish_reason
@@ -502,16 +519,18 @@ class OpenAIStream:
         return True
 
     def _say(self, delta: _Words, chunks: list[StreamChunk]) -> None:
-        thinking = delta.reasoning_content or delta.reasoning
+        thinking = _thinking(delta)
         if thinking:
+            self._content = True
             chunks.append(StreamChunk("", thinking))
         if delta.content:
             text = _text(delta.content)
             if text:
+                self._content = True
                 chunks.append(StreamChunk(text))
         if delta.refusal:
             chunks.append(StreamChunk("", "", delta.refusal))
-            self._refused = True
+            self._content = self._refused = True
 
     def _finish(self, chunks: list[StreamChunk]) -> None:
         if self.done:
@@ -544,15 +563,21 @@ def _renamed(messages: tuple[Message, ...], role: str) -> list[object]:
 
 
 def _text(content: str | list[_Part] | None) -> str:
-    if isinstance(content, str):
-        return content
-    # Mistral's thinking models answer in parts.
-    return "".join(part.text or "" for part in content or ())
+    return content if isinstance(content, str) else "".join(part.text or "" for part in content or ())
+
+
+def _thinking(words: _Words) -> str:
+    thinking = words.reasoning_content or words.reasoning or ""
+    if isinstance(words.content, list):
+        thinking += "".join(_text(part.thinking) for part in words.content)
+    return thinking
 
 
 def _without_usage(body: bytes) -> _Reply:
+    """What *body* says when its figures cannot be read."""
     plain = _decode_plain(body)
-    return _Reply(plain.id, plain.model, plain.choices, plain.error)
+    choices = [_Choice(each.index, each.message, each.delta, each.finish_reason) for each in plain.choices or ()]
+    return _Reply(plain.id, plain.model, choices, plain.error)
 
 
 def _usage(usage: _Usage) -> Usage:
