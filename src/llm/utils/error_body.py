@@ -28,7 +28,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
     details: dict[str, Any] = {}
     """Anthropic's ``error.details``."""
     structured: bool = False
-    """Whether the body was the JSON object of an error, and not a page or a text."""
+    """Whether the body was a JSON object, and not a page or a text."""
+    is_error: bool = False
+    """Whether the object calls itself an error, which is what counts under status 200."""
 
 
 def read_error_body(body: bytes) -> ErrorBody:
@@ -57,6 +59,7 @@ def read_error_body(body: bytes) -> ErrorBody:
         request_id=_text(found.get("request_id")) or None,
         details=details if isinstance(details, dict) else {},
         structured=True,
+        is_error=bool(found.get("error")) or "error" in (found.get("type"), found.get("object")),
     )
 
 
