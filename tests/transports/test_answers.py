@@ -15,7 +15,7 @@ from llm.core.exceptions import (
     LLMProtocolError,
 )
 from llm.transports.base import Exchange
-from llm.transports.http import HTTPResponse
+from llm.transports.response import HTTPResponse
 from tests.transports.server import CHUNKED, Peer, answering, ask, post, serve, talking, until
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
-import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from llm.core.exceptions import (
 )
 from llm.testing.clock import FakeClock
 from llm.transports.base import Exchange, HTTPRequest, Transport
+from llm.transports.response import HTTPResponse
 from tests.transports.conformance import Play, TransportConformance
 from tests.transports.server import CHUNKED, MOMENT, Peer, answering, ask, http, post, serve, talking, until
 
@@ -117,6 +118,49 @@ async def test_a_url_that_leads_nowhere_is_a_mistake_of_the_configuration(url: s
     with pytest.raises(LLMConfigurationError, match="base_url"):
         await transport.send(post(url), Exchange())
     await transport.close()
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified", "200 OK"])
+async def test_an_answer_without_a_body_ends_at_once_and_keeps_its_connection(status: str) -> None:
+    async def handler(peer: Peer) -> None:
+        while True:
+            await peer.request()
+            length = b"content-length: 0\r\n" if status.startswith("200") else b""
+            peer.send(f"HTTP/1.1 {status}\r\n".encode(), length, b"\r\n")
+
+    async with talking(handler) as (transport, server):
+        for _ in range(2):
+            response = await transport.send(post(server.url), Exchange())
+            assert await response.read_some() == b""
+            assert await response.read() == b""
+            response.close()
+        assert server.connections == 1
+
+
+async def test_a_failed_request_is_not_kept_by_its_error() -> None:
+    async def handler(peer: Peer) -> None:
+        await peer.request()
+        peer.close()
+
+    async with talking(handler) as (transport, server):
+        gc.collect()
+        gc.disable()
+        try:
+            with pytest.raises(LLMConnectionError) as caught:
+                await transport.send(post(server.url), Exchange())
+            assert caught.value.__context__ is None
+            del caught
+            assert [thing for thing in gc.get_objects() if isinstance(thing, Exchange | LLMConnectionError)] == []
+        finally:
+            gc.enable()
+
+
+async def test_a_kept_connection_keeps_nothing_of_the_call_that_opened_it() -> None:
+    async with talking() as (transport, server):
+        await ask(transport, server.url)
+        assert transport.statistics()["idle"] == 1
+        gc.collect()
+        assert [thing for thing in gc.get_objects() if isinstance(thing, Exchange | HTTPResponse)] == []
 
 
 async def test_a_header_that_breaks_the_line_never_leaves() -> None:
@@ -249,10 +293,7 @@ async def test_another_loop_is_told_so_while_the_first_is_alive() -> None:
             except LLMException as error:
                 caught.append(error)
 
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        await until(lambda: not thread.is_alive())
-        thread.join()
+        await asyncio.to_thread(elsewhere)
         (error,) = caught
         assert isinstance(error, LLMConfigurationError)
         assert "another event loop" in str(error)
@@ -267,44 +308,38 @@ async def test_a_response_can_be_closed_from_another_thread() -> None:
 
     async with talking(handler) as (transport, server):
         response = await transport.send(post(server.url), Exchange())
-        thread = threading.Thread(target=response.close)
-        thread.start()
+        await asyncio.to_thread(response.close)
         await server.peers[0].lost.wait()
-        thread.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_starts_afresh_and_leaves_the_parents_connections_alone() -> None:
     transport = http()
-    loop = asyncio.new_event_loop()
 
     async def use(url: str) -> Exchange:
         exchange = Exchange()
         assert await ask(transport, url, exchange) == b"ok"
         return exchange
 
-    async def main() -> None:
-        async with serve(answering) as server:
-            await use(server.url)
-            child = await asyncio.to_thread(in_child, server.url)
-            assert child == 0
-            assert (await use(server.url)).reused, "the parent's connection is still good"
-            assert server.connections == 2
-            await transport.close()
-
-    def in_child(url: str) -> int:
-        pid = os.fork()
-        if pid:
-            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    def child(url: str) -> None:
         code = 1
         try:
-            exchange = asyncio.run(use(url))
-            code = 0 if exchange.reused is False else 2
+            code = 0 if asyncio.run(use(url)).reused is False else 2
         finally:
             os._exit(code)
 
-    try:
-        loop.run_until_complete(main())
-    finally:
-        loop.run_until_complete(loop.shutdown_default_executor())
-        loop.close()
+    with asyncio.Runner() as runner:
+        serving = serve(answering)
+        server = runner.run(serving.__aenter__())
+        runner.run(use(server.url))
+        pid = os.fork()
+        if not pid:
+            child(server.url)
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0):
+            # The parent's loop is also the child's server.
+            runner.run(asyncio.sleep(0.005))
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
+        assert runner.run(use(server.url)).reused, "the parent's connection is still good"
+        assert server.connections == 2
+        runner.run(transport.close())
+        runner.run(serving.__aexit__(None, None, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import pytest
 
@@ -90,6 +91,15 @@ async def test_an_alarm_may_cancel_another_that_rings_with_it(clock: FakeClock, 
     second = alarms.start(lambda: rung.append("second"))
     await clock.advance(100.0)
     assert rung == []
+
+
+async def test_the_shared_timer_keeps_nothing_of_the_call_that_started_it(clock: FakeClock, alarms: Alarms) -> None:
+    variable: ContextVar[str] = ContextVar("variable", default="nobody's")
+    variable.set("the call's")
+    seen: list[str] = []
+    alarms.start(lambda: seen.append(variable.get()))
+    await clock.advance(100.0)
+    assert seen == ["nobody's"]
 
 
 async def test_closing_leaves_no_timer_and_starting_anew_works(clock: FakeClock, alarms: Alarms) -> None:

@@ -1,9 +1,9 @@
 """What aiohttp does not tell about its connections: whether one is stale, how far a request got, when all are back.
 
-What is used here of aiohttp without being documented: of the connector ``connect``, ``_create_connection``,
+What is used of aiohttp without being documented: of the connector ``connect``, ``_create_connection``,
 ``_release_acquired``, ``_acquired`` and ``_factory``; of ``ResponseHandler`` ``set_exception``, ``should_close``,
-``writing_paused`` and ``_payload``; ``Payload.write_with_length``; and in http.py of the body's ``StreamReader``
-``_buffer`` and ``_read_nowait``, of the session ``_retry_connection``. tests/transports fails when one of them changes.
+``writing_paused`` and ``_payload``; ``Payload.write_with_length``; in response.py ``_buffer`` and ``_read_nowait`` of
+``StreamReader``; in http.py ``_retry_connection`` of the session. tests/transports fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -49,9 +49,16 @@ class Trip:
     __slots__ = ("alarm", "exchange", "protocol")
 
     def __init__(self, exchange: Exchange) -> None:
-        self.exchange = exchange
+        self.exchange: Exchange | None = exchange
         self.protocol: Protocol | None = None
         self.alarm: Alarm | None = None
+
+    def end(self) -> None:
+        """The answer has begun, or will not. Whatever aiohttp and asyncio set going meanwhile keeps the context it was
+        started in, a connection's for its whole life: nothing of the call may hang on that."""
+        if self.alarm is not None:
+            self.alarm.cancel()
+        self.alarm = self.protocol = self.exchange = None
 
     def handed_over(self) -> None:
         """The last byte of the request was given to the transport."""
@@ -61,6 +68,11 @@ class Trip:
         if protocol.writing_paused:
             protocol.flushing = self
         else:
+            self.written()
+
+    def written(self) -> None:
+        """The last byte of the request was taken by the kernel."""
+        if self.exchange is not None:
             self.exchange.written = True
 
     def wait_anew(self) -> None:
@@ -140,7 +152,7 @@ class Protocol(ResponseHandler):
         super().resume_writing()
         if (trip := self.flushing) is not None:
             self.flushing = None
-            trip.exchange.written = True
+            trip.written()
             trip.wait_anew()
 
     def close(self) -> None:
@@ -228,6 +240,7 @@ class Connector(aiohttp.TCPConnector):
                 break
             connection.close()
         exchange = trip.exchange
+        assert exchange is not None, "a trip ends after its request"
         exchange.reused = protocol.served
         try:
             if exchange.on_connection is not None:

@@ -16,16 +16,15 @@ from ..core.exceptions import (
     LLMConfigurationError,
     LLMConnectionError,
     LLMException,
-    LLMProtocolError,
 )
 from ..core.settings import TimeoutSettings, TransportSettings
-from ..core.types import Headers
 from ..utils.alarms import Alarms
 from ..utils.clock import Clock
 from .base import Exchange, HTTPRequest
 from .connections import TRIP, Body, Connector, Trip
 from .failures import FOREIGN, explain
 from .proxies import ProxyRules
+from .response import HTTPResponse
 from .tls import tls_context
 
 if TYPE_CHECKING:
@@ -109,12 +108,12 @@ class HTTPTransport:
             failure = self._failure(error, route, exchange)
         else:
             exchange.written = exchange.written or not request.body
-            return HTTPResponse(response, generation, route.peer, exchange, self._settings.max_response_bytes)
+            return HTTPResponse(
+                response, route.peer, exchange, idle=generation.idle, max_bytes=self._settings.max_response_bytes
+            )
         finally:
             TRIP.reset(token)
-            if trip.alarm is not None:
-                trip.alarm.cancel()
-                trip.alarm = None
+            trip.end()
         # Outside the handler, so that aiohttp's error, which knows the request's headers, is not this one's context.
         try:
             raise failure
@@ -123,14 +122,17 @@ class HTTPTransport:
 
     async def close(self) -> None:
         """Close every connection and wait until that is done; what is still pending ends with an LLMConnectionError."""
+        generations = list(self._generations())
+        mine = not generations or self._is_mine(generations[0])
         self._closed = True
-        current, self._current = self._current, None
-        generations = [*self._retired, *([] if current is None else [current])]
+        if not mine:
+            self._forget_all()
+            return
+        self._current = None
         self._retired.clear()
         for generation in generations:
-            if self._is_usable(generation):
-                self._opened += generation.connector.opened
-                await generation.close()
+            self._opened += generation.connector.opened
+            await generation.close()
         while self._closing:
             await asyncio.wait(self._closing)
 
@@ -166,27 +168,38 @@ class HTTPTransport:
         if self._closed:
             raise LLMConnectionError("the transport is closed", retryable=False)
         current = self._current
-        if current is not None and self._is_usable(current):
-            if self._max_age is None or self._clock.now() - current.born < self._max_age:
+        if current is not None:
+            if not self._is_mine(current):
+                self._forget_all()
+            elif self._max_age is None or self._clock.now() - current.born < self._max_age:
                 return current
-            self._retire(current)
+            else:
+                self._retire(current)
         self._current = _Generation(self._settings, self._timeouts, self._tls, self._clock)
         return self._current
 
-    def _is_usable(self, generation: _Generation) -> bool:
-        """Whether *generation* belongs to this process and loop; what is dead is dropped, what is foreign raises."""
+    def _is_mine(self, generation: _Generation) -> bool:
+        """Whether *generation* belongs to this process and loop; False when it never can again."""
         if generation.pid != os.getpid():
-            _INHERITED.append(generation)
-        elif generation.loop is asyncio.get_running_loop():
+            return False
+        if generation.loop is asyncio.get_running_loop():
             return True
-        elif generation.loop.is_closed():
-            generation.abandon()
-        else:
-            raise LLMConfigurationError(
-                "the transport was opened on another event loop, which is still open: use one manager per event loop"
-            )
+        if generation.loop.is_closed():
+            return False
+        raise LLMConfigurationError(
+            "the transport was opened on another event loop, which is still open: use one manager per event loop"
+        )
+
+    def _forget_all(self) -> None:
+        """Let go of connections that are another process's, or whose loop is closed."""
+        for generation in self._generations():
+            if generation.pid != os.getpid():
+                _INHERITED.append(generation)
+            else:
+                generation.abandon()
+        self._current = None
         self._retired.clear()
-        return False
+        self._closing.clear()
 
     def _retire(self, generation: _Generation) -> None:
         """No new requests for *generation*; it is closed when the last response has ended."""
@@ -291,116 +304,3 @@ class _Generation:
             self.connector.close().send(None)
         except (StopIteration, RuntimeError):
             pass
-
-
-class ResponseHeaders(Mapping[str, str]):
-    """aiohttp's headers as the port wants them: names in lower case, of several fields of one name the first."""
-
-    __slots__ = ("_fields",)
-
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self._fields = fields
-
-    def __getitem__(self, name: str) -> str:
-        return self._fields[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._fields
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({name.lower(): None for name in self._fields})
-
-    def __len__(self) -> int:
-        return len({name.lower() for name in self._fields})
-
-    def __repr__(self) -> str:
-        return f"<ResponseHeaders {', '.join(self)}>"
-
-
-class HTTPResponse:
-    """Implements :class:`llm.transports.base.TransportResponse`.
-
-    ``read`` is bounded by ``max_response_bytes``, counted after decompression. ``read_some`` is not: a stream may be as
-    long as it likes, since no more of it than about half a megabyte is ever held here.
-    """
-
-    __slots__ = ("_content", "_exchange", "_generation", "_max_bytes", "_peer", "_response", "headers", "status")
-
-    def __init__(
-        self, response: aiohttp.ClientResponse, generation: _Generation, peer: str, exchange: Exchange, max_bytes: int
-    ) -> None:
-        self.status = response.status
-        self.headers: Headers = ResponseHeaders(response.headers)
-        self._response = response
-        self._content = response.content
-        self._generation = generation
-        self._peer = peer
-        self._exchange = exchange
-        self._max_bytes = max_bytes
-
-    def __repr__(self) -> str:
-        return f"<HTTPResponse {self.status} from {self._peer}>"
-
-    async def read(self) -> bytes:
-        """As the port says.
-
-        Raises:
-            LLMProtocolError: the body is larger than ``max_response_bytes``; the socket is then closed.
-        """
-        pieces = []
-        left = self._max_bytes
-        while piece := await self.read_some():
-            left -= len(piece)
-            if left < 0:
-                self.close()
-                raise LLMProtocolError(
-                    f"the answer of {self._peer} is larger than transport.max_response_bytes ({self._max_bytes})",
-                    status=self.status,
-                    sent=True,
-                )
-            pieces.append(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    async def read_some(self) -> bytes:
-        content = self._content
-        if content._buffer:
-            # readany() would raise a stored error first, and what had arrived before it would be lost.
-            return content._read_nowait(-1)
-        if content.is_eof():
-            return b""
-        idle = self._generation.idle
-        alarm = None if idle is None else idle.start(self._expire)
-        try:
-            return await content.readany()
-        except FOREIGN as error:
-            failure = explain(error, peer=self._peer, exchange=self._exchange, reading=True)
-        except BaseException:
-            # Cancelled: a body that is half read is of no use to the next request.
-            self.close()
-            raise
-        finally:
-            if alarm is not None:
-                alarm.cancel()
-        self.close()
-        try:
-            raise failure
-        finally:
-            del failure
-
-    def close(self) -> None:
-        response = self._response
-        if response.closed:
-            return
-        loop = self._generation.loop
-        try:
-            here = asyncio.get_running_loop() is loop
-        except RuntimeError:
-            here = False
-        if here:
-            response.close()
-        elif not loop.is_closed():
-            # A finaliser may run anywhere, also on another thread.
-            loop.call_soon_threadsafe(response.close)
-
-    def _expire(self) -> None:
-        self._content.set_exception(aiohttp.SocketTimeoutError())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import Context
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +37,7 @@ class Alarms:
         alarm = Alarm(self._pending, self._clock.now() + self.seconds, callback)
         self._pending[alarm] = None
         if self._timer is None and not self._ringing:
-            self._timer = self._clock.call_at(alarm.when, self._ring)
+            self._arm(alarm.when)
         return alarm
 
     def close(self) -> None:
@@ -45,6 +46,10 @@ class Alarms:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _arm(self, when: float) -> None:
+        # In a fresh context: the timer outlives the call that happens to start it, and would keep that call's.
+        self._timer = Context().run(self._clock.call_at, when, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
@@ -62,7 +67,7 @@ class Alarms:
             self._ringing = False
             if self._pending:
                 # The timer of a cancelled alarm rings in vain, then follows the oldest that still matters.
-                self._timer = self._clock.call_at(next(iter(self._pending)).when, self._ring)
+                self._arm(next(iter(self._pending)).when)
 
 
 class Alarm:
