@@ -52,20 +52,37 @@ async def test_prune_closes_only_what_the_server_has_closed() -> None:
         assert transport.prune() == 0
 
 
-async def test_bytes_that_nobody_asked_for_do_not_become_the_next_answer() -> None:
+@pytest.mark.parametrize("when", ["with the answer", "later"])
+async def test_bytes_that_nobody_asked_for_do_not_become_the_next_answer(when: str) -> None:
     async def handler(peer: Peer) -> None:
         await peer.request()
         peer.answer(b"first")
-        peer.answer(b"late nonsense", status="408 Request Timeout")
+        if when == "later":
+            await idle.wait()
+        peer.answer(b"late nonsense")
+        sent.set()
         await peer.gone()
 
+    idle, sent = asyncio.Event(), asyncio.Event()
     async with talking(handler) as (transport, server):
         assert await ask(transport, server.url) == b"first"
+        idle.set()
+        await sent.wait()
         for _ in range(10):
             await asyncio.sleep(0)
         exchange = Exchange()
         assert await ask(transport, server.url, exchange) == b"first"
         assert exchange.reused is False
+
+
+async def test_written_means_that_the_kernel_has_taken_the_last_byte() -> None:
+    """asyncio would by default keep 64 KB to itself and not say a word."""
+    async with talking() as (transport, server):
+        await ask(transport, server.url)
+        assert transport._current is not None
+        (protocol,) = transport._current.connector.protocols
+        assert protocol.transport is not None
+        assert protocol.transport.get_write_buffer_limits() == (0, 0)
 
 
 async def test_a_reused_connection_that_dies_without_an_answer_says_so() -> None:
