@@ -123,6 +123,6 @@ def test_what_cannot_be_read_of_the_limits_is_left_out(
 def test_representations_tell_the_state(anthropic: AnthropicProvider) -> None:
     decoder = anthropic.stream_decoder(ASKED)
     assert repr(anthropic) == "<AnthropicProvider anthropic>"
-    assert repr(decoder) == "<AnthropicStream no message yet, open>"
+    assert repr(decoder) == "<AnthropicStream without an id, open>"
     decoder.end()
-    assert repr(decoder) == "<AnthropicStream no message yet, LLMStreamInterruptedError>"
+    assert repr(decoder) == "<AnthropicStream without an id, LLMStreamInterruptedError>"

@@ -95,14 +95,18 @@ def test_what_cannot_be_read_of_the_limits_is_left_out(
     assert (found.tokens if found else None) == expected
 
 
-def test_an_answer_without_choices_is_quoted_in_the_error(openai: OpenAIProvider) -> None:
-    with pytest.raises(LLMProtocolError, match="hello"):
-        openai.decode(ASKED, 200, {}, b'{"hello":"world"}')
+def test_an_answer_that_cannot_be_read_is_kept_but_not_quoted(openai: OpenAIProvider) -> None:
+    """Messages reach the log; answers do not."""
+    body = b'{"choices":[{"message":{"content":"my secret"},"index":"0"}]}'
+    with pytest.raises(LLMProtocolError) as caught:
+        openai.decode(ASKED, 200, {}, body)
+    assert "secret" not in str(caught.value)
+    assert caught.value.body == body
 
 
 def test_representations_tell_the_state(openai: OpenAIProvider) -> None:
     decoder = openai.stream_decoder(ASKED)
     assert repr(openai) == "<OpenAIProvider openai>"
-    assert repr(decoder) == "<OpenAIStream no chunk yet, open>"
+    assert repr(decoder) == "<OpenAIStream without an id, open>"
     decoder.feed(b'data: {"id":"c1","choices":[{"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n')
     assert repr(decoder) == "<OpenAIStream c1, done>"

@@ -23,9 +23,7 @@ from ..core.exceptions import (
     LLMException,
     LLMInvalidRequestError,
     LLMModelNotFoundError,
-    LLMProtocolError,
     LLMQuotaExhaustedError,
-    LLMStreamInterruptedError,
 )
 from ..core.settings import ProviderSettings
 from ..core.types import (
@@ -42,13 +40,13 @@ from ..core.types import (
     Usage,
 )
 from ..transports.base import HTTPRequest
-from ..utils.error_body import MAX_BODY, UNREADABLE, ErrorBody, read_error_body
+from ..utils.error_body import UNREADABLE, ErrorBody, read_error_body
 from ..utils.header_values import http_date, rfc3339, whole_number
-from ..utils.http_errors import build_error, error_for_status
+from ..utils.http_errors import build_error, error_for_status, unreadable
 from ..utils.json_body import encode_body
-from ..utils.sse import SSEDecoder
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
+from .event_stream import EventStream
 
 BASE_URL: Final = "https://api.anthropic.com"
 API_VERSION: Final = "2023-06-01"
@@ -238,7 +236,9 @@ class AnthropicProvider:
         }
         for message in messages:
             if message.role == _SYSTEM:
-                body["system"], body["messages"] = self._place_system(messages, family)
+                system, body["messages"] = _split_system(messages, in_place=family.system_turns)
+                if system:
+                    body["system"] = system
                 break
         if not (self._custom or family.prefill) and messages and messages[-1].role == MessageRole.ASSISTANT:
             raise LLMInvalidRequestError(
@@ -301,7 +301,9 @@ class AnthropicProvider:
         code = code if isinstance(code, str) else ""
         if status < 300:
             if not said.is_error:
-                return self.malformed(request, f"status {status} with a body that is no message", body)
+                return unreadable(
+                    f"status {status} and a body that is no message", body, provider=self.name, model=request.model
+                )
             status = STATUS_BY_TYPE.get(said.type, 500)
         error = ERROR_BY_CODE.get(code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
         if error is LLMInvalidRequestError:
@@ -349,17 +351,6 @@ class AnthropicProvider:
         gone = None if self._custom else self._vendor.retirement(model)
         return gone.use if gone is not None and gone.on <= catalog().as_of else None
 
-    def malformed(self, request: Request, what: str, body: bytes) -> LLMProtocolError:
-        """What came back cannot be read. The same request may well be answered properly next time."""
-        return LLMProtocolError(
-            f"{what}: {body[:200].decode('utf-8', 'replace')!r}",
-            provider=self.name,
-            model=request.model,
-            sent=True,
-            retryable=True,
-            body=body[:MAX_BODY],
-        )
-
     def _learn(self, model: str) -> Family:
         """The rules for *model*, remembered; none are known under a custom address."""
         if self._custom:
@@ -373,16 +364,6 @@ class AnthropicProvider:
             self._families.clear()
         self._families[model] = family
         return family
-
-    def _place_system(self, messages: tuple[Message, ...], family: Family) -> tuple[str, tuple[Message, ...]]:
-        """The text for ``system`` and the messages that stay."""
-        if family.system_turns:
-            first = next((i for i, message in enumerate(messages) if message.role != _SYSTEM), len(messages))
-            moved, stay = messages[:first], messages[first:]
-        else:
-            moved = tuple(message for message in messages if message.role == _SYSTEM)
-            stay = tuple(message for message in messages if message.role != _SYSTEM)
-        return "\n\n".join(message.content for message in moved), stay
 
     def _ask(self, body: dict[str, Any], options: Options, family: Family, model: str) -> tuple[str, ...]:
         """Put what *options* ask into *body*; the names of the hints that the model refuses."""
@@ -424,7 +405,7 @@ class AnthropicProvider:
         return LLMInvalidRequestError
 
 
-class AnthropicStream:
+class AnthropicStream(EventStream):
     """Decodes one streamed message. It implements ``providers.base.StreamDecoder``.
 
     ``message_start`` → (``content_block_start`` → ``content_block_delta``… → ``content_block_stop``)… →
@@ -432,90 +413,23 @@ class AnthropicStream:
     ``message_stop``: until then neither the stop reason nor the usage is final.
     """
 
-    __slots__ = (
-        "_content",
-        "_provider",
-        "_refusal",
-        "_request",
-        "_sse",
-        "_usage",
-        "done",
-        "error",
-        "id",
-        "model",
-        "stop_reason",
-        "usage",
-    )
+    __slots__ = ("_refusal", "_usage")
+
+    terminal = "message_stop"
 
     def __init__(self, provider: AnthropicProvider, request: Request) -> None:
-        self.error: LLMException | None = None
-        self.done = False
-        self.usage: Usage | None = None
-        self.stop_reason: StopReason | None = None
-        self.id = ""
-        self.model = request.model
-        self._provider = provider
-        self._request = request
-        self._sse = SSEDecoder()
+        super().__init__(provider, request)
         self._usage: _Usage | None = None
         self._refusal = ""
-        self._content = False
-
-    def __repr__(self) -> str:
-        state = "open" if self._open else "done" if self.done else type(self.error).__name__
-        return f"<AnthropicStream {self.id or 'no message yet'}, {state}>"
-
-    @property
-    def _open(self) -> bool:
-        return not self.done and self.error is None
-
-    def feed(self, data: bytes) -> list[StreamChunk]:
-        """The chunks that *data* completes."""
-        chunks: list[StreamChunk] = []
-        if not self._open:
-            return chunks
-        for event in self._sse.feed(data):
-            if not self._take(event.data, chunks):
-                break
-        else:
-            if self._sse.overflow:
-                self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
-        return chunks
-
-    def end(self) -> list[StreamChunk]:
-        """The body has ended; without ``message_stop`` that is an error."""
-        if not self._open:
-            return []
-        pending = self._sse.pending.lstrip()
-        # Some servers forget the blank line after the last event.
-        chunks = self.feed(b"\n\n")
-        # Of an event that was cut in two nothing can be read: that is the cut's fault, and no breach of the dialect.
-        if not self.done and (self.error is None or isinstance(self.error, LLMProtocolError)):
-            self.error = self._cut(pending)
-        return chunks
-
-    def _cut(self, pending: bytes) -> LLMException:
-        if pending[:1] in (b"{", b"[", b"<"):
-            # This is no stream, but an error's body under status 200.
-            return self._provider.classify(self._request, 200, {}, pending)
-        return LLMStreamInterruptedError(
-            "the stream ended without message_stop",
-            provider=self._provider.name,
-            model=self.model,
-            sent=True,
-            retryable=not self._content,
-            usage=self.usage,
-        )
 
     def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
-        """Take one event in; whether the stream goes on."""
         try:
             event = _decode_event(data)
         except UNREADABLE:
             try:
                 event = _without_usage(data)
             except UNREADABLE:
-                self.error = self._provider.malformed(self._request, "an event of the stream cannot be read", data)
+                self._fail("an event of the stream cannot be read", data)
                 return False
         kind = event.type
         # Nearly all events are deltas.
@@ -565,6 +479,17 @@ class AnthropicStream:
                     setattr(usage, name, value)
         self._usage = usage
         self.usage = _usage(usage)
+
+
+def _split_system(messages: tuple[Message, ...], *, in_place: bool) -> tuple[str, tuple[Message, ...]]:
+    """The text for ``system`` and the messages that stay: of the system's, those after the first turn if *in_place*."""
+    if in_place:
+        first = next((i for i, message in enumerate(messages) if message.role != _SYSTEM), len(messages))
+        moved, stay = messages[:first], messages[first:]
+    else:
+        moved = tuple(message for message in messages if message.role == _SYSTEM)
+        stay = tuple(message for message in messages if message.role != _SYSTEM)
+    return "\n\n".join(message.content for message in moved), stay
 
 
 def _without_usage(data: bytes) -> _Event:

@@ -26,7 +26,6 @@ from ..core.exceptions import (
     LLMOverloadedError,
     LLMProtocolError,
     LLMQuotaExhaustedError,
-    LLMStreamInterruptedError,
 )
 from ..core.settings import ProviderSettings
 from ..core.types import (
@@ -45,11 +44,11 @@ from ..core.types import (
 from ..transports.base import HTTPRequest
 from ..utils.error_body import MAX_BODY, UNREADABLE, ErrorBody, read_error_body
 from ..utils.header_values import go_duration, whole_number
-from ..utils.http_errors import build_error, error_for_status
+from ..utils.http_errors import build_error, error_for_status, unreadable
 from ..utils.json_body import encode_body
-from ..utils.sse import SSEDecoder
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
+from .event_stream import EventStream
 
 BASE_URL: Final = "https://api.openai.com/v1"
 
@@ -194,7 +193,7 @@ class OpenAIProvider:
         vendor = catalog().openai
         self.name = settings.name
         self.default_model: str | None = vendor.default
-        self.custom = settings.custom
+        self._custom = settings.custom
         self._vendor = vendor
         self._refused = frozenset() if settings.custom else _NO_WORD
         self._strict = settings.unsupported == "raise"
@@ -208,7 +207,7 @@ class OpenAIProvider:
         self._headers = {"content-type": "application/json", "accept": "application/json"}
         self._stream_headers = self._headers | {"accept": "text/event-stream"}
         self._stream_options = {"include_usage": True}
-        if not self.custom:
+        if not self._custom:
             # Padding against eavesdroppers who measure packets; it is bandwidth, and a strict server refuses the word.
             self._stream_options["include_obfuscation"] = False
         self._families: dict[str, Family] = {}
@@ -282,14 +281,16 @@ class OpenAIProvider:
         )
 
     def stream_decoder(self, request: Request) -> OpenAIStream:
-        return OpenAIStream(self, request)
+        return OpenAIStream(self, request, custom=self._custom)
 
     def classify(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMException:
         """The error that *body* means under *status*; of a status 2xx, the error the body tells of."""
         said = read_error_body(body)
         if status < 300:
             if not said.is_error:
-                return self.malformed(request, f"status {status} with a body that is no completion", body)
+                return unreadable(
+                    f"status {status} and a body that is no completion", body, provider=self.name, model=request.model
+                )
             status = _status(said)
         error = ERROR_BY_CODE.get(said.code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
         if status == 404 and error is LLMInvalidRequestError and said.structured and request.model in said.message:
@@ -309,7 +310,7 @@ class OpenAIProvider:
             body=body,
             code=said.code or said.type or None,
             request_id=headers.get("x-request-id") or said.request_id,
-            obey_retry=not self.custom,
+            obey_retry=not self._custom,
             hint=hint,
         )
 
@@ -328,19 +329,8 @@ class OpenAIProvider:
 
     def replacement(self, model: str) -> str | None:
         """The successor of a model that had retired when ``models.toml`` was last checked."""
-        gone = None if self.custom else self._vendor.retirement(model)
+        gone = None if self._custom else self._vendor.retirement(model)
         return gone.use if gone is not None and gone.on <= catalog().as_of else None
-
-    def malformed(self, request: Request, what: str, body: bytes) -> LLMProtocolError:
-        """What came back cannot be read. The same request may well be answered properly next time."""
-        return LLMProtocolError(
-            f"{what}: {body[:200].decode('utf-8', 'replace')!r}",
-            provider=self.name,
-            model=request.model,
-            sent=True,
-            retryable=True,
-            body=body[:MAX_BODY],
-        )
 
     def broken_off(self, request: Request, reason: str | None, headers: Headers, body: bytes) -> LLMException:
         """The server gave up in the midst of an answer: its own error if it names one."""
@@ -359,7 +349,7 @@ class OpenAIProvider:
 
     def _learn(self, model: str) -> Family:
         """The rules for *model*, remembered; none are known under a custom address."""
-        family = _ANY if self.custom else self._vendor.family(model)
+        family = _ANY if self._custom else self._vendor.family(model)
         if len(self._families) >= 256:
             # Names may come from the application's own users.
             self._families.clear()
@@ -384,7 +374,7 @@ class OpenAIProvider:
         strict = options.unsupported == "raise" if options.unsupported is not None else self._strict
         dropped = leave_out(wishes, refused, strict=strict, provider=self.name, model=request.model)
         stop = options.stop
-        if not self.custom and isinstance(stop, tuple) and len(stop) > _STOPS:
+        if not self._custom and isinstance(stop, tuple) and len(stop) > _STOPS:
             raise LLMInvalidRequestError(
                 f"stop: {request.model} takes {_STOPS} of them, not {len(stop)}",
                 provider=self.name,
@@ -399,85 +389,26 @@ class OpenAIProvider:
             headers.update({name.lower(): value for name, value in extra.items()})
 
 
-class OpenAIStream:
+class OpenAIStream(EventStream):
     """Decodes one streamed completion. It implements ``providers.base.StreamDecoder``.
 
     The last chunk comes with ``[DONE]``, because the usage arrives after the stop reason.
     """
 
-    __slots__ = (
-        "_content",
-        "_provider",
-        "_refused",
-        "_request",
-        "_sse",
-        "done",
-        "error",
-        "id",
-        "model",
-        "stop_reason",
-        "usage",
-    )
+    __slots__ = ("_broken_off", "_custom", "_refused")
 
-    def __init__(self, provider: OpenAIProvider, request: Request) -> None:
-        self.error: LLMException | None = None
-        self.done = False
-        self.usage: Usage | None = None
-        self.stop_reason: StopReason | None = None
-        self.id = ""
-        self.model = request.model
-        self._provider = provider
-        self._request = request
-        self._sse = SSEDecoder()
+    terminal = "[DONE]"
+
+    def __init__(self, provider: OpenAIProvider, request: Request, *, custom: bool) -> None:
+        super().__init__(provider, request)
+        self._broken_off = provider.broken_off
+        self._custom = custom
         self._refused = False
-        self._content = False
-
-    def __repr__(self) -> str:
-        state = "open" if self._open else "done" if self.done else type(self.error).__name__
-        return f"<OpenAIStream {self.id or 'no chunk yet'}, {state}>"
-
-    @property
-    def _open(self) -> bool:
-        return not self.done and self.error is None
-
-    def feed(self, data: bytes) -> list[StreamChunk]:
-        """The chunks that *data* completes."""
-        chunks: list[StreamChunk] = []
-        if not self._open:
-            return chunks
-        for event in self._sse.feed(data):
-            if not self._take(event.data, chunks):
-                break
-        else:
-            if self._sse.overflow:
-                self.error = self._provider.malformed(self._request, "an event of the stream is too large", b"")
-        return chunks
-
-    def end(self) -> list[StreamChunk]:
-        """The body has ended; without its terminal event that is an error."""
-        if not self._open:
-            return []
-        pending = self._sse.pending.lstrip()
-        # Some servers forget the blank line after the last event.
-        chunks = self.feed(b"\n\n")
-        if self.error is None and self.stop_reason is not None and self._provider.custom:
-            self._finish(chunks)
-        # Of an event that was cut in two nothing can be read: that is the cut's fault, and no breach of the dialect.
-        elif not self.done and (self.error is None or isinstance(self.error, LLMProtocolError)):
-            self.error = self._cut(pending)
-        return chunks
-
-    def _cut(self, pending: bytes) -> LLMException:
-        if pending[:1] in (b"{", b"[", b"<"):
-            # This is no stream, but an error's body under status 200.
-            return self._provider.classify(self._request, 200, {}, pending)
-        return self._interrupted("the stream ended without [DONE]")
 
     def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
-        """Take one event in; whether the stream goes on."""
         if data == b"[DONE]":
-            if self.stop_reason is None and not self._provider.custom:
-                self.error = self._interrupted("the stream ended without a finish_reason")
+            if self.stop_reason is None and not self._custom:
+                self._interrupt("the stream ended without a finish_reason")
             else:
                 self._finish(chunks)
             return False
@@ -489,10 +420,10 @@ class OpenAIStream:
             except UNREADABLE:
                 if not data.strip():
                     return True
-                self.error = self._provider.malformed(self._request, "an event of the stream cannot be read", data)
+                self._fail("an event of the stream cannot be read", data)
                 return False
         if reply.error:
-            self.error = self._provider.broken_off(self._request, "error", {}, data)
+            self.error = self._broken_off(self._request, "error", {}, data)
             return False
         if not self.id:
             self.id = reply.id or ""
@@ -513,10 +444,16 @@ class OpenAIStream:
             reason = choice.finish_reason
             if reason is not None:
                 if reason in BROKEN_OFF:
-                    self.error = self._provider.broken_off(self._request, reason, {}, data)
+                    self.error = self._broken_off(self._request, reason, {}, data)
                     return False
                 self.stop_reason = STOP_REASON.get(reason, StopReason.UNKNOWN)
         return True
+
+    def _end_early(self, pending: bytes, chunks: list[StreamChunk]) -> None:
+        if self._custom and self.stop_reason is not None:
+            self._finish(chunks)
+        else:
+            super()._end_early(pending, chunks)
 
     def _say(self, delta: _Words, chunks: list[StreamChunk]) -> None:
         thinking = _thinking(delta)
@@ -533,24 +470,12 @@ class OpenAIStream:
             self._content = self._refused = True
 
     def _finish(self, chunks: list[StreamChunk]) -> None:
-        if self.done:
-            return
         reason = self.stop_reason or StopReason.UNKNOWN
         if self._refused and reason is StopReason.STOP:
             reason = StopReason.CONTENT_FILTER
         self.stop_reason = reason
         self.done = True
         chunks.append(StreamChunk(stop_reason=reason, usage=self.usage))
-
-    def _interrupted(self, message: str) -> LLMStreamInterruptedError:
-        return LLMStreamInterruptedError(
-            message,
-            provider=self._provider.name,
-            model=self.model,
-            sent=True,
-            retryable=not self._content,
-            usage=self.usage,
-        )
 
 
 _ANY: Final = Family(token_field="max_tokens", system_role="system")

@@ -94,12 +94,12 @@ def http_date(text: str | None) -> float | None:
         return None
     day, name, year, clock = match.group(*(("d1", "b1", "y1", "t1") if match["d1"] else ("d2", "b2", "y2", "t2")))
     month = _MONTH.get(name)
-    years = int(year)
-    if years < 100:
-        # RFC 850 has two digits; a vendor's date is of our time.
-        years += 2000
+    # RFC 850 has two digits for the year; a vendor's date is of our time.
+    years = int(year) + (2000 if len(year) == 2 else 0)
     hours, minutes, seconds = (int(part) for part in clock.split(":"))
-    if month is None or not 1 <= int(day) <= calendar.monthrange(max(years, 1), month)[1] or hours > 23 or minutes > 59:
+    if month is None or years < 1970 or hours > 23 or minutes > 59:
+        return None
+    if not 1 <= int(day) <= calendar.monthrange(years, month)[1]:
         return None
     return float(calendar.timegm((years, month, int(day), hours, minutes, seconds)))
 

@@ -19,7 +19,7 @@ from ..core.exceptions import (
     Scope,
 )
 from ..core.types import Headers
-from .error_body import MAX_BODY, MAX_MESSAGE, ErrorBody
+from .error_body import MAX_BODY, MAX_MESSAGE, ErrorBody, read_error_body
 from .header_values import retry_after
 
 ERROR_BY_STATUS: Final[dict[int, type[LLMException]]] = {
@@ -107,3 +107,19 @@ def build_error(
             if found.scope is Scope.REQUEST:
                 found.scope = Scope.PROVIDER
     return found
+
+
+def unreadable(what: str, body: bytes, *, provider: str, model: str) -> LLMProtocolError:
+    """What came back is not the dialect; the same request may well be answered properly next time.
+
+    The message quotes no more than a page's title: the body may be an answer, which is nothing for a log.
+    """
+    title = f", a page: {read_error_body(body).message}" if body.lstrip()[:1] == b"<" else ""
+    return LLMProtocolError(
+        f"{what} ({len(body)} bytes{title})"[:MAX_MESSAGE],
+        provider=provider,
+        model=model,
+        sent=True,
+        retryable=True,
+        body=body[:MAX_BODY],
+    )
