@@ -114,6 +114,8 @@ class LLMException(Exception):
         facts = [
             f"{name} {value}"
             for name, value in (
+                # A key's id begins with its provider's name.
+                ("provider", self.provider if self.key_id is None else None),
                 ("key", self.key_id),
                 ("model", self.model),
                 ("status", self.status),
