@@ -103,25 +103,30 @@ class Events:
     whatever must not fail a call: listeners, callbacks, logging, metrics.
     """
 
-    __slots__ = ("_listeners", "_subscriptions", "faults", "published", "wanted")
+    __slots__ = ("_dropped", "_listeners", "_subscriptions", "faults", "published", "wanted")
 
     def __init__(self) -> None:
         self._listeners: tuple[tuple[Callable[[Event], object], frozenset[type[Event]]], ...] = ()
         self._subscriptions: tuple[Subscription, ...] = ()
         self.wanted: frozenset[type[Event]] = frozenset()
+        self._dropped = 0
         self.published = 0
         self.faults: dict[str, int] = {}
 
     @property
     def dropped(self) -> int:
-        """Events that living subscriptions have lost because they were read too slowly."""
-        return sum(subscription.dropped for subscription in self._subscriptions)
+        """Events that subscriptions have lost because they were read too slowly."""
+        return self._dropped + sum(subscription.dropped for subscription in self._subscriptions)
 
     def publish(self, event: Event) -> None:
         """Hand *event* to everyone who wants it; never blocks, never raises."""
         self.published += 1
         for subscription in self._subscriptions:
-            subscription._put(event)
+            try:
+                subscription._put(event)
+            except RuntimeError as error:
+                # Whoever waited for it did so on a loop that is closed by now.
+                self.fault("subscription", error)
         for listener, kinds in self._listeners:
             if type(event) in kinds:
                 try:
@@ -148,6 +153,8 @@ class Events:
         self._count_wanted()
 
     def _remove(self, subscription: Subscription) -> None:
+        if subscription in self._subscriptions:
+            self._dropped += subscription.dropped
         self._subscriptions = tuple(s for s in self._subscriptions if s is not subscription)
         self._count_wanted()
 
@@ -159,12 +166,12 @@ class Events:
 class Subscription:
     """A bounded queue of events: read it with ``async for``, or all at once with ``drain``."""
 
-    __slots__ = ("_closed", "_events", "_queue", "_wakeup", "dropped")
+    __slots__ = ("_arrived", "_closed", "_events", "_queue", "dropped")
 
     def __init__(self, events: Events, capacity: int) -> None:
         self._events = events
         self._queue: deque[Event] = deque(maxlen=capacity)
-        self._wakeup: asyncio.Future[None] | None = None
+        self._arrived = asyncio.Event()
         self._closed = False
         self.dropped = 0
 
@@ -178,17 +185,13 @@ class Subscription:
         """Listen no more; an ``async for`` ends when it has read what was left."""
         self._closed = True
         self._events._remove(self)
-        self._wake()
+        self._arrived.set()
 
     def _put(self, event: Event) -> None:
         if len(self._queue) == self._queue.maxlen:
             self.dropped += 1
         self._queue.append(event)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._wakeup is not None and not self._wakeup.done():
-            self._wakeup.set_result(None)
+        self._arrived.set()
 
     def __enter__(self) -> Self:
         return self
@@ -205,9 +208,6 @@ class Subscription:
         while not self._queue:
             if self._closed:
                 raise StopAsyncIteration
-            self._wakeup = asyncio.get_running_loop().create_future()
-            try:
-                await self._wakeup
-            finally:
-                self._wakeup = None
+            self._arrived.clear()
+            await self._arrived.wait()
         return self._queue.popleft()
