@@ -10,9 +10,23 @@ SHORTEST = 4
 
 
 def redact(error: LLMException, secret: str) -> None:
-    """Blank *secret* wherever *error* may show it: message, code, body, partial text."""
-    if len(secret) < SHORTEST:
-        return
+    """Blank *secret* wherever *error* or one of its causes may show it: message, code, request id, body, partial text.
+
+    Their tracebacks are dropped: error trackers print the local variables of frames, and those of the frames that send
+    a request hold its headers. What was known there is in the message.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        found.__traceback__ = None
+        if isinstance(found, LLMException) and len(secret) >= SHORTEST:
+            _blank(found, secret)
+        # Not __context__: that may be what the caller was handling, which is none of our business.
+        found = found.__cause__
+
+
+def _blank(error: LLMException, secret: str) -> None:
     if secret in error.message:
         error.message = error.message.replace(secret, MASK)
         error.args = (error.message,)
@@ -20,8 +34,7 @@ def redact(error: LLMException, secret: str) -> None:
         error.code = error.code.replace(secret, MASK)
     if error.request_id is not None and secret in error.request_id:
         error.request_id = error.request_id.replace(secret, MASK)
+    if secret in error.partial:
+        error.partial = error.partial.replace(secret, MASK)
     if secret.encode() in error.body:
         error.body = error.body.replace(secret.encode(), MASK.encode())
-    cause = error.__cause__
-    if isinstance(cause, LLMException) and cause is not error:
-        redact(cause, secret)
