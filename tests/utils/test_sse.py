@@ -31,6 +31,8 @@ def decode(*pieces: bytes, max_event_bytes: int = 1 << 23) -> list[Event]:
         (b"event: ping\ndata: {}\n\n", [Event(b"{}", "ping")]),
         # Names, and what is no event.
         (b"data: {}\nevent: ping\n\n", [Event(b"{}", "ping")]),
+        (b"event: ping\ndata: a\ndata: b\n\n", [Event(b"a\nb", "ping")]),
+        (b"event: ping\ndata:a\n\n", [Event(b"a", "ping")]),
         (b"event: ping\n\n", []),
         (b"event: ping\n\ndata: x\n\n", [Event(b"x")]),
         (b"event\ndata: x\n\n", [Event(b"x")]),
@@ -87,7 +89,7 @@ def test_a_reconnection_time_is_digits(lines: bytes, retry: int | None) -> None:
 def test_a_reconnection_time_of_a_million_digits_is_no_trouble() -> None:
     decoder = SSEDecoder()
     decoder.feed(b"retry: " + b"9" * 1_000_000 + b"\n\n")
-    assert decoder.retry is not None
+    assert decoder.retry == 10**18 - 1
 
 
 LINES = st.lists(
@@ -165,6 +167,13 @@ def test_events_before_one_that_is_too_large_arrive() -> None:
     assert decoder.feed(b"data: a\n\ndata: " + b"x" * 30 + b"\n\ndata: b\n\n") == [Event(b"a")]
     assert decoder.overflow
     assert decoder.feed(b"data: c\n\n") == []
+    assert repr(decoder) == "<SSEDecoder: 0 bytes pending, overflow>"
+
+
+def test_an_event_may_have_eight_mebibytes() -> None:
+    event = b"data: " + b"x" * (8 * 1024 * 1024 - 6)
+    assert len(SSEDecoder().feed(event + b"\n\n")) == 1
+    assert SSEDecoder().feed(event + b"x\n\n") == []
 
 
 def test_an_event_as_large_as_the_bound_is_not_too_large() -> None:
