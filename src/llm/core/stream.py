@@ -196,9 +196,16 @@ class ResponseStream:
     def close(self) -> None:
         """Give the answer up, unless it is whole. Synchronous and idempotent; the socket is closed at once."""
         if self._settlement is None:
+            error = LLMStreamInterruptedError("the stream was closed before its end", retryable=False)
+            self._complete(error)
+            self._error = error
             self._settle(asyncio.CancelledError())
-            self._error = LLMStreamInterruptedError("the stream was closed before its end", partial=self.text)
         self._body.close()
+
+    def abort(self, error: LLMException) -> None:
+        """End the stream with *error*, unless it is over: whoever reads it gets what was decoded, then the error."""
+        if self._settlement is None:
+            self._fail(error)
 
     def __aiter__(self) -> Self:
         return self
@@ -226,8 +233,9 @@ class ResponseStream:
         try:
             data = await self._body.read_some()
         except LLMException as error:
-            if self._error is None:
-                self._fail(self._interrupted(error))
+            if self._settlement is None:
+                # Its traceback holds this frame, and so the stream that is to keep it.
+                self._fail(self._interrupted(error.with_traceback(None)))
             return
         except BaseException:
             self.close()
@@ -236,7 +244,12 @@ class ResponseStream:
             # The deadline struck, or somebody closed the stream, while the bytes were on their way.
             return
         decoder = self._decoder
-        chunks = decoder.feed(data) if data else decoder.end()
+        try:
+            chunks = decoder.feed(data) if data else decoder.end()
+        except BaseException:
+            # A decoder must not raise. One that does must not leave a connection and a permit behind.
+            self.close()
+            raise
         for chunk in chunks:
             self._chunks.append(chunk)
             if chunk.text:
@@ -258,7 +271,7 @@ class ResponseStream:
         if not self._content or not isinstance(error, (LLMConnectionError, LLMTimeoutError)):
             return error
         interrupted = LLMStreamInterruptedError(f"the stream was cut: {error.message}", sent=True)
-        interrupted.__cause__ = error.with_traceback(None)
+        interrupted.__cause__ = error
         return interrupted
 
     def _expire(self) -> None:
@@ -266,12 +279,17 @@ class ResponseStream:
         if self._settlement is None:
             self._fail(LLMDeadlineExceededError("the call's deadline passed in the middle of its stream", sent=True))
 
-    def _fail(self, error: LLMException) -> None:
+    def _complete(self, error: LLMException) -> None:
+        """Tell *error* what only the stream and the endpoint know."""
         error.partial = self.text
+        error.sent = True
         if error.usage is None:
             error.usage = self._decoder.usage
         if self._describe is not None:
             self._describe(error)
+
+    def _fail(self, error: LLMException) -> None:
+        self._complete(error)
         self._error = error
         self._settle(error)
         # A blocked read ends here: closing the body makes it raise.
@@ -284,6 +302,8 @@ class ResponseStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        # It knows the call, and the call knows this stream: together they would wait for the collector.
+        self._describe = None
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             run_settled(callback, settlement, self._report)

@@ -88,7 +88,7 @@ def run_settled(callback: SettledCallback, settlement: Settlement, report: Fault
     """Run *callback*; an exception in it reaches the loop's exception handler and *report*, never the call."""
     try:
         callback(settlement)
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         if report is not None:
             report("on_settled", error)
         try:
