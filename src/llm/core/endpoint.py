@@ -18,17 +18,21 @@ from .exceptions import (
     AttemptRecord,
     LLMAuthenticationError,
     LLMConfigurationError,
+    LLMConnectionError,
     LLMDeadlineExceededError,
     LLMException,
     LLMProtocolError,
+    LLMStreamInterruptedError,
     LLMTimeoutError,
     Scope,
 )
 from .pool import Key, ProviderPool
 from .stream import ResponseStream
-from .types import LLMResponse, Request
+from .types import LLMResponse, Request, Settlement
 
 PROBE_SECONDS = 10.0
+TIMER_ERROR = 0.001
+"""Seconds by which a loop may run a timer before its time."""
 MAX_WARNED = 1000
 """Pairs of model and option that were warned about; a bound, since models are the user's strings."""
 
@@ -56,6 +60,10 @@ class Prober:
         except TimeoutError:
             raise LLMTimeoutError("the probe was not answered in time") from None
 
+    def close(self) -> None:
+        """Let go of the timer."""
+        self._alarms.close()
+
 
 class Endpoint:
     """Sends one attempt with the key that was admitted, and decodes the answer.
@@ -80,6 +88,9 @@ class Endpoint:
         self._events = events
         self._alarms = Alarms(attempt_timeout, clock) if attempt_timeout is not None else None
         self._warned: set[tuple[str, str]] = set()
+        self._streams: set[ResponseStream] = set()
+        """Those that are open, so that closing reaches also those that nobody is reading."""
+        self._closed = False
 
     async def __call__(self, call: Call) -> Reply:
         """One attempt.
@@ -93,6 +104,8 @@ class Endpoint:
                 "no layer has admitted the call: keep RateLimitMiddleware in the stack "
                 "(`middleware.rate_limiter.enabled: false` lifts the limits), or set call.admission in your own"
             )
+        if self._closed:
+            raise LLMConnectionError("the manager is closed", provider=call.provider, retryable=False)
         key = self._pool.key(admission.key)
         request = replace(call.request, model=admission.model)
         exchange = Exchange(admission.sent)
@@ -102,7 +115,7 @@ class Endpoint:
         except LLMException as error:
             self._describe(call, key, request.model, error)
             error.sent = error.sent or exchange.connected
-            if error.status == 403 and isinstance(error, LLMAuthenticationError) and await self._pool.works(key):
+            if error.status == 403 and isinstance(error, LLMAuthenticationError) and await self._works(key, call):
                 # The key is good: it is this request that is not allowed.
                 error.scope = Scope.REQUEST
             self._note(call, key, request.model, started, exchange, error)
@@ -110,6 +123,29 @@ class Endpoint:
             raise
         self._note(call, key, request.model, started, exchange, None)
         return reply
+
+    def close(self) -> None:
+        """End the open streams, also those that nobody is reading, and let go of the timers."""
+        self._closed = True
+        for stream in tuple(self._streams):
+            stream.abort(LLMStreamInterruptedError("the manager was closed", retryable=False))
+        if self._alarms is not None:
+            self._alarms.close()
+
+    async def _works(self, key: Key, call: Call) -> bool:
+        """Whether a probe of *key* is accepted; if that cannot be known within the call's deadline, it is believed."""
+        if call.deadline is None:
+            return await self._pool.works(key)
+        deadline = None
+        try:
+            with Limit(None) as limit:
+                deadline = self._clock.call_at(call.deadline, limit.expire)
+                return await self._pool.works(key)
+        except TimeoutError:
+            return True
+        finally:
+            if deadline is not None:
+                deadline.cancel()
 
     async def _attempt(self, call: Call, key: Key, request: Request, exchange: Exchange) -> Reply:
         encoded = self._provider.encode(request, key.secret())
@@ -119,12 +155,17 @@ class Endpoint:
                 if call.deadline is not None:
                     deadline = self._clock.call_at(call.deadline, limit.expire)
                 response = await self._transport.send(encoded.request, exchange)
-                key.headers = response.headers
-                if request.stream and 200 <= response.status < 300:
-                    return await self._stream(call, key, request, response, encoded.dropped)
-                return await self._whole(key, request, response, encoded.dropped)
+                try:
+                    key.headers = response.headers
+                    if request.stream and 200 <= response.status < 300:
+                        return await self._stream(call, key, request, response, encoded.dropped)
+                    return await self._whole(key, request, response, encoded.dropped)
+                except BaseException:
+                    # A body that was read to its end keeps its connection all the same.
+                    response.close()
+                    raise
         except TimeoutError:
-            if call.deadline is not None and self._clock.now() >= call.deadline:
+            if call.deadline is not None and self._clock.now() >= call.deadline - TIMER_ERROR:
                 raise LLMDeadlineExceededError("the call's deadline passed while it was being answered") from None
             seconds = self._alarms.seconds if self._alarms is not None else 0.0
             raise LLMTimeoutError(f"no answer within the attempt timeout of {seconds:g} s", phase="attempt") from None
@@ -171,9 +212,15 @@ class Endpoint:
         )
         call.stream = stream
         await stream.start()
+        if not stream.settled:
+            self._streams.add(stream)
+            stream.on_settled(partial(self._ended, stream))
         if call.deadline is not None:
             stream.set_deadline(call.deadline)
         return stream
+
+    def _ended(self, stream: ResponseStream, settlement: Settlement) -> None:
+        self._streams.discard(stream)
 
     def _describe(self, call: Call, key: Key, model: str, error: LLMException) -> None:
         error.provider = key.ref.provider
@@ -206,5 +253,9 @@ class Endpoint:
         for option, warning in zip(dropped, warnings, strict=True):
             if (model, option) not in self._warned and len(self._warned) < MAX_WARNED:
                 self._warned.add((model, option))
-                logger.warning("%s", warning, extra={"model": model, "option": option})
+                try:
+                    logger.warning("%s", warning, extra={"model": model, "option": option})
+                except Exception as error:
+                    # A handler of the user's: it must not fail the call.
+                    self._events.fault("logging", error)
         return warnings

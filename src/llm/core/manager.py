@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import random as randomness
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -61,6 +61,8 @@ class _Line(NamedTuple):
     pool: ProviderPool
     limiter: RateLimitMiddleware
     layers: tuple[Layer, ...]
+    prober: Prober
+    endpoint: Endpoint
     pipeline: Pipeline
 
 
@@ -92,13 +94,11 @@ class LLMManager:
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._random = random
         self._store = store if store is not None else _store(settings.store, self._clock)
-        self._closed = False
+        self._closed = self._store_closed = False
         self._prefix = f"{int(random() * 0x10000):04x}"
         self._numbers = itertools.count(1)
         chosen = settings.middleware
-        self._metrics = (
-            MetricsMiddleware(clock=self._clock, events=self.events) if chosen.metrics.enabled else None
-        )
+        self._metrics = MetricsMiddleware(clock=self._clock, events=self.events) if chosen.metrics.enabled else None
         self._logging = (
             LoggingMiddleware(clock=self._clock, events=self.events, content=chosen.logging.content)
             if chosen.logging.enabled
@@ -183,7 +183,7 @@ class LLMManager:
             close = get_close_matches(provider or "", self._lines, 1)
             raise LLMConfigurationError(
                 f"provider {provider!r} is not configured"
-                + (f"; did you mean {close[0]!r}?" if close else "")
+                + (f"; did you mean {close[0]!r}?" if close else ".")
                 + f" Configured: {', '.join(self._lines)}."
             )
         if model is not None:
@@ -206,16 +206,21 @@ class LLMManager:
 
     async def close(self) -> None:
         """Close everything: waiting calls fail, calls under way lose their connections, later calls are refused."""
-        if self._closed:
-            return
         self._closed = True
+        # First whatever decides at once, so that nothing new begins while connections are being closed. Closing again
+        # does no harm, and finishes what a cancelled close has left.
         for line in self._lines.values():
             line.pipeline.handler = _refuse
+            line.pool.refuse()
             line.limiter.close()
+            line.endpoint.close()
         for line in self._lines.values():
             await line.pool.close()
             await line.transport.close()
-        await self._store.close()
+            line.prober.close()
+        if not self._store_closed:
+            await self._store.close()
+            self._store_closed = True
 
     async def __aenter__(self) -> Self:
         return self
@@ -238,12 +243,13 @@ class LLMManager:
         clock, chosen = self._clock, self.settings.middleware
         provider = _provider_factory(settings.dialect, factories)(settings)
         transport = transport_factory(settings, clock)
+        prober = Prober(provider, transport, clock)
         pool = ProviderPool(
             settings,
             clock=clock,
             random=self._random,
             events=self.events,
-            probe=Prober(provider, transport, clock),
+            probe=prober,
             default_model=provider.default_model,
             max_pause=chosen.retry.max_retry_after,
         )
@@ -291,7 +297,7 @@ class LLMManager:
             new_id=self._new_id,
             aliases=settings.model_aliases,
         )
-        return _Line(provider, transport, pool, limiter, tuple(layers), pipeline)
+        return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, pipeline)
 
     def _extensions(self, provider: str, objects: Mapping[str, Middleware]) -> list[Layer]:
         """The registered layers: those of the configuration in its order, then objects it does not mention."""
@@ -363,21 +369,47 @@ def _registered(group: str) -> dict[str, EntryPoint]:
 
 
 def _load(group: str, name: str) -> Any:
+    point = _registered(group).get(name)
+    if point is None:
+        raise LLMConfigurationError(f"{name!r} is not registered under the entry points {group}")
     try:
-        return _registered(group)[name].load()
-    except KeyError:
-        raise LLMConfigurationError(f"{name!r} is not registered under the entry points {group}") from None
+        return point.load()
+    except Exception as error:
+        raise LLMConfigurationError(
+            f"{name!r}, registered as {point.value} under the entry points {group}, cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _known(
     providers: Mapping[str, ProviderFactory] | None, middleware: Mapping[str, Middleware] | None
-) -> dict[str, Sequence[str]]:
+) -> dict[str, Collection[str]]:
     """The names that a configuration may use: ours, those registered by object, and those by entry point."""
     return {
-        "known_dialects": (*config.DIALECTS, *(providers or ()), *_registered(PROVIDERS_GROUP)),
-        "known_middleware": (*config.MIDDLEWARE, *(middleware or ()), *_registered(MIDDLEWARE_GROUP)),
-        "known_stores": (*config.STORES, *_registered(STORES_GROUP)),
+        "known_dialects": _Names((*config.DIALECTS, *(providers or ())), PROVIDERS_GROUP),
+        "known_middleware": _Names((*config.MIDDLEWARE, *(middleware or ())), MIDDLEWARE_GROUP),
+        "known_stores": _Names(config.STORES, STORES_GROUP),
     }
+
+
+class _Names(Collection[str]):
+    """The names at hand and those of a group of entry points, which are looked up only when the former do not do.
+
+    Looking them up reads the metadata of everything that is installed.
+    """
+
+    def __init__(self, at_hand: Sequence[str], group: str) -> None:
+        self._at_hand = at_hand
+        self._group = group
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._at_hand or name in _registered(self._group)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys((*self._at_hand, *_registered(self._group)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _warn_of_retired(pool: ProviderPool, provider: Provider) -> None:
@@ -411,10 +443,16 @@ _slots: WeakKeyDictionary[asyncio.AbstractEventLoop, _Slot] = WeakKeyDictionary(
 
 def _slot() -> _Slot:
     loop = asyncio.get_running_loop()
-    # A manager knows its loop, so a weak key alone would never let go of either.
-    for other in [other for other in _slots if other.is_closed()]:
-        del _slots[other]
-    return _slots.setdefault(loop, _Slot())
+    slot = _slots.get(loop)
+    if slot is None:
+        # A manager knows its loop, so a weak key alone would never let go of either. (`keyrefs` is a copy: other
+        # threads with loops of their own may be here too.)
+        for reference in _slots.keyrefs():
+            other = reference()
+            if other is not None and other.is_closed():
+                _slots.pop(other, None)
+        slot = _slots.setdefault(loop, _Slot())
+    return slot
 
 
 async def get_llm_manager(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> LLMManager:

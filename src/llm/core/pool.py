@@ -19,9 +19,9 @@ from math import inf
 from typing import Any, NamedTuple
 
 from ..middleware.base import Lease, PoolKey
-from ..utils.clock import Clock
+from ..utils.clock import Clock, TimerHandle
 from .events import Events, KeyParked, KeyPaused, KeyRestored
-from .exceptions import LLMException, LLMModelNotFoundError, Scope
+from .exceptions import LLMConnectionError, LLMException, LLMModelNotFoundError, Scope
 from .settings import KeySettings, LimitSettings, PoolSettings, ProviderSettings
 from .types import Headers, KeyRef
 
@@ -30,6 +30,8 @@ LONGEST_PAUSE = 60.0
 """Seconds that a key rests after a 429 without retry-after: doubled with each in a row, up to the longest."""
 PAUSE_SPREAD = 0.1
 """Share of a pause that is added at random, so that not everybody comes back in the same instant."""
+LONGEST_PROBE_WAIT = 86_400.0
+"""Seconds: whatever a vendor promised, its key is asked for once a day."""
 PROBE_MEMORY = 5.0
 """Seconds for which a probe's result answers for the next one."""
 
@@ -155,6 +157,7 @@ class ProviderPool:
         self._recycled = 0
         self._in_use = 0
         self._probing: dict[Key, asyncio.Task[bool]] = {}
+        self._probe_timers: dict[Key, TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -215,6 +218,8 @@ class ProviderPool:
         self._learn(lease.key, error)
 
     def refusal(self, route: Sequence[PoolKey]) -> LLMException | None:
+        if self._closed:
+            return LLMConnectionError("the manager is closed", provider=self.name, retryable=False)
         for key in route:
             if key.available_at < inf:
                 return None
@@ -244,13 +249,13 @@ class ProviderPool:
         if seconds is not None and self._max_pause is not None and seconds > self._max_pause:
             self._park(key, error, until=now + seconds)
             return
-        if not seconds:
-            # No hint, or "0" as some endpoints say while they go on refusing.
-            seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(key.strikes, 20))
-        seconds *= 1.0 + PAUSE_SPREAD * self._random()
         if key.paused_until <= now:
             # Refusals that were under way together are one strike.
             key.strikes += 1
+        if not seconds:
+            # No hint, or "0" as some endpoints say while they go on refusing.
+            seconds = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(max(key.strikes - 1, 0), 20))
+        seconds *= 1.0 + PAUSE_SPREAD * self._random()
         if now + seconds > key.paused_until:
             key.paused_until = now + seconds
             if KeyPaused in self._events.wanted:
@@ -266,7 +271,8 @@ class ProviderPool:
         if KeyParked in self._events.wanted:
             reason = f"{type(error).__name__}: {error.message}"
             self._events.publish(KeyParked(at=now, provider=self.name, key_id=key.ref.id, reason=reason))
-        wait = self._settings.probe_interval * 2.0 ** min(key.parkings, 20)
+        # A key without credit may well list models: it comes back by the probe and is parked again, ever longer.
+        wait = min(self._settings.probe_interval * 2.0 ** min(key.parkings, 20), self._settings.probe_max_interval)
         key.parkings += 1
         self._probe_in(key, until - now if until is not None else wait, wait)
         self._changed()
@@ -292,31 +298,38 @@ class ProviderPool:
         if task is None:
             task = self._probing[key] = asyncio.get_running_loop().create_task(self._ask(key))
             task.add_done_callback(lambda _: self._probing.pop(key, None))
-        # Shielded: one call's cancellation must not answer for the others.
-        return await asyncio.shield(task)
+        # Waited for, not awaited: the cancellation of one call must not answer for the others, and that of the probe,
+        # when the pool is closed, must not look like the call's own.
+        await asyncio.wait((task,))
+        return task.cancelled() or task.result()
 
     async def _ask(self, key: Key) -> bool:
         try:
             status = await self._probe(key.secret())
-        except LLMException:
-            # Nobody answered: that says nothing about the key.
+        except Exception as error:
+            # Nobody answered: that says nothing about the key. Anything else is a fault in a dialect or a transport.
+            if not isinstance(error, LLMException):
+                self._events.fault("probe", error)
             return key.parked is None
         key.probed_at = self._clock.now()
         key.probe_result = status not in (401, 402, 403)
         return key.probe_result
 
     def _probe_in(self, key: Key, seconds: float, interval: float) -> None:
+        if self._closed:
+            return
         # The timer may be the last to know this pool; it must not be what keeps it alive.
         pool = weakref.ref(self)
 
         def due() -> None:
             alive = pool()
-            if alive is not None and not alive._closed and key.parked is not None:
+            if alive is not None and key.parked is not None:
+                alive._probe_timers.pop(key, None)
                 task = asyncio.get_running_loop().create_task(alive._revive(key, interval))
                 alive._tasks.add(task)
                 task.add_done_callback(alive._tasks.discard)
 
-        self._clock.call_at(self._clock.now() + min(seconds, 86_400.0), due)
+        self._probe_timers[key] = self._clock.call_at(self._clock.now() + min(seconds, LONGEST_PROBE_WAIT), due)
 
     async def _revive(self, key: Key, interval: float) -> None:
         if await self.works(key):
@@ -350,7 +363,7 @@ class ProviderPool:
         close = get_close_matches(model or "", configured, 1)
         return LLMModelNotFoundError(
             f"no key of {self.name} is configured for model {model!r}"
-            + (f"; did you mean {close[0]!r}?" if close else "")
+            + (f"; did you mean {close[0]!r}?" if close else ".")
             + f" Configured: {', '.join(configured) or 'none'}. Add it under providers.{self.name}.models.",
             provider=self.name,
             model=model,
@@ -395,9 +408,17 @@ class ProviderPool:
             ],
         }
 
+    def refuse(self) -> None:
+        """From here on no call is admitted, and no probe begins."""
+        self._closed = True
+        timers, self._probe_timers = self._probe_timers, {}
+        for timer in timers.values():
+            timer.cancel()
+        self._changed()
+
     async def close(self) -> None:
         """End the probes."""
-        self._closed = True
+        self.refuse()
         tasks = [*self._tasks, *self._probing.values()]
         for task in tasks:
             task.cancel()
