@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from difflib import get_close_matches
+from math import isfinite
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
@@ -19,6 +20,7 @@ from .types import CallOptions, LLMResponse, Message, MessageRole, Options, Requ
 NO_OPTIONS = Options()
 NO_USAGE = Usage()
 OPTION_NAMES = Options.__struct_fields__
+NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout")
 
 
 class Pipeline:
@@ -227,7 +229,12 @@ def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
         return (Message(MessageRole.USER, messages),)
     if isinstance(messages, (Message, Mapping)):
         raise LLMInvalidRequestError("messages: expected a list of messages, got a single one: put it in a list")
-    result = tuple(messages)
+    try:
+        result = tuple(messages)
+    except TypeError:
+        raise LLMInvalidRequestError(
+            f"messages: expected a string or a list of messages, got {type(messages).__name__}"
+        ) from None
     if not result:
         raise LLMInvalidRequestError("messages: the list is empty, and a model answers at least one message")
     for index, message in enumerate(result):
@@ -235,6 +242,11 @@ def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
             raise LLMInvalidRequestError(
                 f"messages[{index}]: expected a Message, got {type(message).__name__}: "
                 'write Message(MessageRole.USER, "…")'
+            )
+        if type(message.role) is not MessageRole:
+            roles = ", ".join(f"MessageRole.{role.name}" for role in MessageRole)
+            raise LLMInvalidRequestError(
+                f"messages[{index}].role: expected one of {roles}, got {type(message.role).__name__}"
             )
         if type(message.content) is not str:
             raise LLMInvalidRequestError(
@@ -256,6 +268,11 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
         result = msgspec.convert(merged, Options)
     except msgspec.ValidationError as error:
         raise _wrong_option(merged, str(error)) from None
+    for name in NUMBERS:
+        value = getattr(result, name)
+        if value is not None and not isfinite(value):
+            # JSON has no word for it: the vendor would get a null.
+            raise LLMInvalidRequestError(f"{name}: expected a finite number, got {value!r}")
     if result.timeout is not None and not result.timeout > 0.0:
         raise LLMInvalidRequestError(f"timeout: expected a positive number of seconds, got {result.timeout!r}")
     if result.max_tokens is not None and result.max_tokens < 1:
