@@ -13,6 +13,7 @@ from functools import partial
 
 from ..core.events import AttemptFailed, CallQueued, Event, Events, KeyParked, KeyPaused, KeyRestored
 from ..core.exceptions import LLMException
+from ..core.stream import ResponseStream
 from ..core.types import LLMResponse, Settlement, Usage
 from ..utils.clock import Clock
 from .base import Call, Handler, Reply
@@ -71,11 +72,13 @@ class LoggingMiddleware:
                 "attempt failed after %.3f s: %s: %s",
                 self._clock.now() - started,
                 type(error).__name__,
-                error,
+                str(error),
                 call=call,
             )
             raise
         self._debug_reply(call, reply, self._clock.now() - started)
+        if isinstance(reply, ResponseStream):
+            reply.on_settled(partial(self._debug_end, call, reply, started))
         return reply
 
     def _record(self, call: Call, settlement: Settlement) -> None:
@@ -114,13 +117,14 @@ class LoggingMiddleware:
                 facts["status"] = error.status
                 facts["code"] = error.code
                 facts["request_id"] = error.request_id
+            # As text: a handler may keep its records, and an exception would keep the call with its prompt.
             self._write(
                 logging.ERROR,
                 "failed after %.3f s and %d attempts: %s: %s",
                 duration,
                 len(call.attempts),
                 type(error).__name__,
-                error,
+                str(error),
                 call=call,
                 **facts,
             )
@@ -175,6 +179,14 @@ class LoggingMiddleware:
                 facts["text"] = reply.text
         what = "answer" if type(reply) is LLMResponse else "first content"
         self._write(logging.DEBUG, "%s after %.3f s", what, duration, call=call, **facts)
+
+    def _debug_end(self, call: Call, stream: ResponseStream, started: float, settlement: Settlement) -> None:
+        error = settlement.error
+        facts: dict[str, object] = {"duration": self._clock.now() - started, "stop_reason": str(stream.stop_reason)}
+        if self._content:
+            facts["text"] = stream.text
+        what = "whole" if error is None else f"ended early by {type(error).__name__}"
+        self._write(logging.DEBUG, "stream %s after %.3f s", what, facts["duration"], call=call, **facts)
 
     def _write(self, level: int, message: str, *args: object, call: Call, **facts: object) -> None:
         if not self._logger.isEnabledFor(level):
