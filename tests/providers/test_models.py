@@ -1,5 +1,7 @@
 """The data about models, and the one rule for what a model refuses."""
 
+from typing import Any
+
 import pytest
 
 from llm.core.exceptions import LLMInvalidRequestError
@@ -91,7 +93,7 @@ def test_nothing_is_known_of_a_model_under_a_custom_address(name: str) -> None:
 )
 def test_a_claude_has_the_rules_of_its_family(model: str, refuses: set[str], most: int) -> None:
     family = catalog().anthropic.family(model)
-    assert (family.refuses, family.max_output) == (refuses, most)
+    assert (set(family.refuses), family.max_output) == (refuses, most)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ SAMPLING = {"temperature", "top_p", "frequency_penalty", "presence_penalty"}
 )
 def test_a_gpt_has_the_rules_of_its_family(model: str, refuses: set[str], field: str, role: str) -> None:
     family = catalog().openai.family(model)
-    assert (family.refuses, family.token_field, family.system_role) == (refuses, field, role)
+    assert (set(family.refuses), family.token_field, family.system_role) == (refuses, field, role)
     assert family.free_at_effort is None
 
 
@@ -148,8 +150,8 @@ def test_some_gpts_refuse_nothing_while_they_do_not_reason(model: str, effort: s
 # ---------------------------------------------------------------------------------------------------- the rule
 
 
-def leave(refused: set[str], *, strict: bool = False, **options: object) -> tuple[dict[str, object], tuple[str, ...]]:
-    wishes = asked(Options(**options))  # type: ignore[arg-type]  # the tests name them freely
+def leave(refused: set[str], *, strict: bool = False, **options: Any) -> tuple[dict[str, object], tuple[str, ...]]:
+    wishes = asked(Options(**options))
     return wishes, leave_out(wishes, frozenset(refused), strict=strict, provider="p", model="m")
 
 
@@ -166,22 +168,26 @@ def test_what_is_not_refused_is_asked() -> None:
 
 @pytest.mark.parametrize("hint", sorted(HINTS))
 def test_a_refused_hint_is_left_out_and_named(hint: str) -> None:
-    assert leave({hint}, **{hint: 0.3}) == ({}, (hint,))
+    said: dict[str, Any] = {hint: 0.3}
+    assert leave({hint}, **said) == ({}, (hint,))
 
 
 @pytest.mark.parametrize("hint", sorted(HINTS))
 def test_a_refused_hint_is_an_error_to_who_wants_one(hint: str) -> None:
+    said: dict[str, Any] = {hint: 0.3}
     with pytest.raises(LLMInvalidRequestError, match=rf"{hint}=0.3: m does not take it") as caught:
-        leave({hint}, strict=True, **{hint: 0.3})
+        leave({hint}, strict=True, **said)
     assert (caught.value.provider, caught.value.model, caught.value.sent) == ("p", "m", False)
 
 
 @pytest.mark.parametrize(("option", "value"), [("stop", "END"), ("stop", ("END",)), ("n", 2)])
 def test_what_changes_the_question_is_an_error_to_everybody(option: str, value: object) -> None:
+    said: dict[str, Any] = {option: value}
     with pytest.raises(LLMInvalidRequestError, match=option):
-        leave({option}, **{option: value})
+        leave({option}, **said)
 
 
 @pytest.mark.parametrize(("option", "value"), PLAIN.items())
 def test_what_happens_unasked_is_missed_by_nobody(option: str, value: object) -> None:
-    assert leave({option}, strict=True, **{option: value}) == ({}, ())
+    said: dict[str, Any] = {option: value}
+    assert leave({option}, strict=True, **said) == ({}, ())

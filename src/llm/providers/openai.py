@@ -224,6 +224,10 @@ class OpenAIProvider:
         model = request.model
         family = self._families.get(model) or self._learn(model)
         messages = request.messages
+        if not messages:
+            raise LLMInvalidRequestError(
+                "messages: there is nothing to answer; add a message of the user's", provider=self.name, model=model
+            )
         body: dict[str, Any] = {"model": model, "messages": messages}
         if family.system_role != "system":
             for message in messages:
@@ -260,7 +264,7 @@ class OpenAIProvider:
         if not reply.choices:
             raise self.classify(request, status, headers, body)
         choice = reply.choices[0]
-        if choice.finish_reason in BROKEN_OFF or (reply.error and choice.message is None):
+        if reply.error or choice.finish_reason in BROKEN_OFF:
             raise self.broken_off(request, choice.finish_reason, headers, body)
         words = choice.message or _Words()
         reason = STOP_REASON.get(choice.finish_reason or "", StopReason.UNKNOWN)
@@ -406,7 +410,7 @@ class OpenAIStream(EventStream):
         self._refused = False
 
     def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
-        if data == b"[DONE]":
+        if data[:6] == b"[DONE]":
             if self.stop_reason is None and not self._custom:
                 self._interrupt("the stream ended without a finish_reason")
             else:
@@ -442,7 +446,8 @@ class OpenAIStream(EventStream):
             if choice.delta is not None:
                 self._say(choice.delta, chunks)
             reason = choice.finish_reason
-            if reason is not None:
+            # Some servers say "" where the vendor says null.
+            if reason:
                 if reason in BROKEN_OFF:
                     self.error = self._broken_off(self._request, reason, {}, data)
                     return False
