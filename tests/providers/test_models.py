@@ -83,8 +83,9 @@ def test_nothing_is_known_of_a_model_under_a_custom_address(name: str) -> None:
     ("model", "refuses", "most"),
     [
         ("claude-3-5-haiku-20241022", set(), 4096),
-        ("claude-haiku-4-5", set(), 32000),
-        ("claude-sonnet-4-5-20250929", set(), 32000),
+        ("claude-opus-4-1", set(), 32000),
+        ("claude-haiku-4-5", set(), 64000),
+        ("claude-sonnet-4-5-20250929", set(), 64000),
         ("claude-opus-4-6", set(), 64000),
         ("claude-opus-4-7", {"temperature", "top_p", "top_k"}, 128000),
         ("claude-sonnet-5-5", {"temperature", "top_p", "top_k"}, 128000),
