@@ -48,6 +48,8 @@ except ImportError as missing:
         print("To mend it:  python -m pip install aiohttp msgspec PyYAML", file=sys.stderr)
         print("or, in a checkout, which does all its own set-up:  make demo", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.exit(130)
 
 VENDORS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 MODELS = {"key-1": "claude-haiku-5-5", "key-2": "claude-sonnet-5-5", "key-3": "claude-opus-5-5"}
@@ -257,9 +259,8 @@ def main() -> int:
     parser.add_argument("--verbose", action="store_true", help="also show what the package logs")
     arguments = parser.parse_args()
     # Long waits and retries are logged as warnings; here they are the show itself.
-    logging.basicConfig(
-        level=logging.INFO if arguments.verbose else logging.ERROR, format="  log: %(message)s", stream=sys.stdout
-    )
+    logging.basicConfig(format="  log: %(message)s")
+    logging.getLogger("brimful").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
     real = not arguments.simulator and any(os.environ.get(name) for name in VENDORS)
     try:
         asyncio.run(tour(real=real))
@@ -269,6 +270,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read along has gone (`| head`); what is still buffered must not complain when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     print("\nThat was the tour.")
     return 0
 
