@@ -70,6 +70,12 @@ def test_codes_that_override_a_status_are_about_money() -> None:
     assert set(ERROR_BY_OPENING.values()) == {LLMQuotaExhaustedError, LLMContentFilteredError}
 
 
+def test_models_without_end_do_not_fill_the_memory(anthropic: AnthropicProvider) -> None:
+    for i in range(1000):
+        anthropic.encode(Request(ASKED.messages, f"m{i}"), "key")
+    assert len(anthropic._families) == 1000 % 256
+
+
 def test_every_stop_reason_but_the_unknown_one_has_a_word() -> None:
     assert set(STOP_REASON.values()) == set(StopReason) - {StopReason.UNKNOWN}
 

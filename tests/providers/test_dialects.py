@@ -194,7 +194,7 @@ def test_what_follows_the_end_of_a_stream_changes_nothing(name: str, data: bytes
 @pytest.mark.parametrize(("name", "data", "case"), streams())
 def test_bytes_after_the_terminal_event_are_nobodys(name: str, data: bytes, case: Case) -> None:
     if case["expect"]["done"] and data.endswith(b"\n\n") and "settings" not in case:
-        assert run(name, case, [data + b'data: {"error":{"type":"server_error"}}\n\ndata: {']) == run(
+        assert run(name, case, [data + b'data: {"type":"error","error":{"type":"server_error"}}\n\ndata: {']) == run(
             name, case, [data]
         )
 

@@ -56,6 +56,12 @@ def test_a_code_means_the_same_under_any_status(
         assert not found.retryable
 
 
+def test_models_without_end_do_not_fill_the_memory(openai: OpenAIProvider) -> None:
+    for i in range(1000):
+        openai.encode(Request(ASKED.messages, f"m{i}"), "key")
+    assert len(openai._families) == 1000 % 256
+
+
 def test_every_stop_reason_the_vendor_can_mean_has_a_word() -> None:
     assert set(STOP_REASON.values()) == set(StopReason) - {StopReason.UNKNOWN, StopReason.PAUSED}
 
