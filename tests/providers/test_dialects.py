@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -252,24 +253,48 @@ def test_no_body_makes_classify_raise(name: str, body: bytes, status: int) -> No
     assert provider(name).classify(ASKED[name], status, {}, body).sent
 
 
-@every_dialect
-@given(
-    value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-        lambda inner: (
-            st.lists(inner, max_size=3)
-            | st.dictionaries(
-                st.sampled_from(
-                    ["type", "error", "message", "details", "error_code", "request_id", "detail", "code", "loc", "msg"]
-                ),
-                inner,
-                max_size=4,
-            )
-        ),
-        max_leaves=12,
-    ),
-    status=st.sampled_from([200, 400, 404, 429, 500]),
+WORDS = st.sampled_from(
+    [
+        "type",
+        "error",
+        "message",
+        "details",
+        "error_code",
+        "request_id",
+        "detail",
+        "code",
+        "loc",
+        "msg",
+        "content",
+        "text",
+        "usage",
+        "stop_reason",
+        "choices",
+        "delta",
+        "finish_reason",
+        "index",
+        "output_tokens",
+        "total_tokens",
+    ]
 )
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=5),
+    max_leaves=12,
+)
+
+
+@every_dialect
+@given(value=JSON)
+def test_any_json_is_an_answer_or_an_error_of_ours(name: str, value: object) -> None:
+    body = msgspec.json.encode(value)
+    with suppress(LLMException):
+        assert provider(name).decode(ASKED[name], 200, {}, body).body == body
+    outcome(provider(name).stream_decoder(ASKED[name]), [b"data: " + body + b"\n\n", body])
+
+
+@every_dialect
+@given(value=JSON, status=st.sampled_from([200, 400, 404, 429, 500]))
 def test_no_json_makes_classify_raise(name: str, value: object, status: int) -> None:
     found = provider(name).classify(ASKED[name], status, {}, msgspec.json.encode(value))
     assert found.message
