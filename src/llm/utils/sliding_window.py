@@ -10,9 +10,9 @@ A reservation takes all three dimensions or nothing. Its life:
     reserve ──► sent ──► settle(actual)
        └───────────────► settle(nothing)          the request never left
 
-Requests and input are in the log from the start, stamped again when the request really leaves. Output is *open* until
-the answer's end: it has no expiry, since nobody knows how long the answer takes; when it is settled, what was really
-produced enters the log with the time of the settlement.
+Requests and input are in the log from the start, stamped again when the request really leaves; as long as it has not
+left, its entry does not expire. Output is *open* until the answer's end: it has no expiry, since nobody knows how long
+the answer takes; when it is settled, what was really produced enters the log with the time of the settlement.
 
 The machine does no I/O and reads no clock: it is told the time, which must not run backwards.
 """
@@ -20,27 +20,36 @@ The machine does no I/O and reads no clock: it is told the time, which must not 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import merge
+from math import inf
+from typing import Literal, TypeAlias
 
 from ..core.types import Cost
+
+Dimension: TypeAlias = Literal["requests", "input_tokens", "output_tokens"]
 
 NOTHING = Cost(requests=0)
 
 STAMP_SLACK = 0.01
 """Seconds between permit and departure that are left to the guard instead of being stamped again."""
+MIN_COMPACT = 64
+"""Withdrawn entries that may lie in the middle of the log before they are swept out."""
+GONE = -inf
+"""The expiry of an entry that was withdrawn."""
 
 
 class Entry:
-    """What leaves the sums together, at *expiry*."""
+    """What leaves the sums together, at *expiry*, once it has *left*."""
 
-    __slots__ = ("expiry", "input_tokens", "output_tokens", "requests")
+    __slots__ = ("expiry", "input_tokens", "left", "output_tokens", "requests")
 
-    def __init__(self, expiry: float, requests: int, input_tokens: int, output_tokens: int) -> None:
+    def __init__(self, expiry: float, requests: int, input_tokens: int, output_tokens: int, left: bool) -> None:
         self.expiry = expiry
         self.requests = requests
         self.input_tokens = input_tokens
         self.output_tokens = output_tokens
+        self.left = left
 
 
 class Ledger:
@@ -48,6 +57,8 @@ class Ledger:
 
     __slots__ = (
         "_log",
+        "_slack",
+        "_withdrawn",
         "input_limit",
         "input_used",
         "open_output",
@@ -72,7 +83,9 @@ class Ledger:
         self.output_limit = output_tokens
         self.span = window + guard
         """Seconds for which an entry counts."""
+        self._slack = max(0.0, min(STAMP_SLACK, guard))
         self._log: deque[Entry] = deque()
+        self._withdrawn = 0
         self.requests_used = 0
         self.input_used = 0
         self.output_used = 0
@@ -101,19 +114,20 @@ class Ledger:
         window instead of for ever.
         """
         self.expire(now)
+        # A dimension that is overdrawn keeps out only those who need more of it.
         limit = self.request_limit
-        if limit is not None and self.requests_used + cost.requests > limit:
+        if limit is not None and cost.requests > max(0, limit - self.requests_used):
             return None
         limit = self.input_limit
-        if limit is not None and self.input_used + cost.input_tokens > limit:
+        if limit is not None and cost.input_tokens > max(0, limit - self.input_used):
             return None
         limit = self.output_limit
         output = cost.output_tokens
         if limit is not None:
             output = min(output, limit)
-            if self.output_used + self.open_output + output > limit:
+            if output > max(0, limit - self.output_used - self.open_output):
                 return None
-        entry = self._append(now, cost.requests, cost.input_tokens, 0)
+        entry = self._append(now, cost.requests, cost.input_tokens, 0, left=False)
         self.open_output += output
         return Reservation(self, entry, output)
 
@@ -133,16 +147,23 @@ class Ledger:
         return self._log[0].expiry if self._log else None
 
     def expire(self, now: float) -> None:
-        """Let go of what is older than the window. Each entry is popped once, so this is O(1) amortised."""
+        """Let go of what is older than the window. Each entry is popped once a window, so this is O(1) amortised."""
         log = self._log
         while log and log[0].expiry <= now:
             entry = log.popleft()
+            if not entry.left:
+                # It waits for its connection to this moment, and will be counted a window from its departure.
+                entry.expiry = now + self.span
+                log.append(entry)
+                continue
+            if entry.expiry == GONE:
+                self._withdrawn -= 1
             self.requests_used -= entry.requests
             self.input_used -= entry.input_tokens
             self.output_used -= entry.output_tokens
 
-    def _append(self, now: float, requests: int, input_tokens: int, output_tokens: int) -> Entry:
-        entry = Entry(now + self.span, requests, input_tokens, output_tokens)
+    def _append(self, now: float, requests: int, input_tokens: int, output_tokens: int, *, left: bool) -> Entry:
+        entry = Entry(now + self.span, requests, input_tokens, output_tokens, left)
         if self.bounded:
             self._log.append(entry)
             self.requests_used += requests
@@ -157,6 +178,21 @@ class Ledger:
             self.input_used += input_tokens - entry.input_tokens
             entry.requests = requests
             entry.input_tokens = input_tokens
+            if not requests and not input_tokens:
+                self._withdraw(entry)
+
+    def _withdraw(self, entry: Entry) -> None:
+        """Drop an entry that holds nothing: refunds must not make the log longer than the limits would."""
+        log = self._log
+        entry.left = True
+        entry.expiry = GONE
+        if log[-1] is entry:
+            log.pop()
+            return
+        self._withdrawn += 1
+        if self._withdrawn > MIN_COMPACT and self._withdrawn * 2 > len(log):
+            self._log = deque(other for other in log if other.expiry != GONE)
+            self._withdrawn = 0
 
 
 class Reservation:
@@ -172,63 +208,112 @@ class Reservation:
 
     def sent(self, now: float) -> None:
         """The request leaves only now (it had to wait for its connection): its window starts now."""
-        ledger, entry = self._ledger, self._entry
-        if self.settled or entry.expiry + STAMP_SLACK >= now + ledger.span:
+        if self.settled:
             return
-        requests, input_tokens = entry.requests, entry.input_tokens
-        ledger.expire(now)
-        ledger._amend(entry, 0, 0, now)
-        self._entry = ledger._append(now, requests, input_tokens, 0)
+        ledger, entry = self._ledger, self._entry
+        if entry.expiry + ledger._slack < now + ledger.span:
+            requests, input_tokens = entry.requests, entry.input_tokens
+            ledger.expire(now)
+            ledger._amend(entry, 0, 0, now)
+            self._entry = entry = ledger._append(now, requests, input_tokens, 0, left=True)
+        entry.left = True
 
     def settle(self, actual: Cost, *, now: float) -> None:
         """Replace what was reserved by what was used. Idempotent: only the first settlement counts."""
         if self.settled:
             return
+        if not self._entry.left and (actual.requests > 0 or actual.input_tokens > 0):
+            # Nobody said when it left; now is the latest that it can have been.
+            self.sent(now)
         self.settled = True
         ledger = self._ledger
         ledger.expire(now)
-        ledger._amend(self._entry, actual.requests, actual.input_tokens, now)
+        self._entry.left = True
+        # A vendor's figures are not always figures: what is below nothing would be capacity that does not exist.
+        ledger._amend(self._entry, max(0, actual.requests), max(0, actual.input_tokens), now)
         ledger.open_output -= self._output
-        if actual.output_tokens:
-            ledger._append(now, 0, 0, actual.output_tokens)
+        if actual.output_tokens > 0:
+            ledger._append(now, 0, 0, actual.output_tokens, left=True)
 
 
-def time_until(ledgers: Sequence[Ledger], need: Cost, *, now: float) -> float:
-    """Seconds until *ledgers* together can have admitted *need*, a queue's total, at the earliest.
+def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, now: float) -> float:
+    """Seconds until one of *ledgers* can admit *cost*, after a queue that needs *ahead* of them all, at the earliest.
 
-    Optimistic on purpose: open output may be given back at any time, so it counts as free. What this calls
-    impossible is impossible.
+    Exact for a call that nobody is ahead of and an estimate from below for all others, so what it calls impossible is
+    impossible. It can only be beaten by what gives back more than a window does: open output counts as free, and
+    requests and input as used until they expire. Infinite if no ledger could ever take *cost*.
     """
     for ledger in ledgers:
         ledger.expire(now)
+    seconds = min((_alone(ledger, cost, now) for ledger in ledgers), default=inf)
+    if ahead.requests or ahead.input_tokens or ahead.output_tokens:
+        pooled = (
+            _together(ledgers, "requests", cost.requests + ahead.requests, now),
+            _together(ledgers, "input_tokens", cost.input_tokens + ahead.input_tokens, now),
+            _together(ledgers, "output_tokens", ahead.output_tokens, now),
+        )
+        seconds = max(seconds, *pooled)
+    return seconds
+
+
+def _alone(ledger: Ledger, cost: Cost, now: float) -> float:
+    if ledger.too_large(cost):
+        return inf
+    output = cost.output_tokens if ledger.output_limit is None else min(cost.output_tokens, ledger.output_limit)
     return max(
-        _until(ledgers, need.requests, [(x.request_limit, x.requests_used) for x in ledgers], "requests", now),
-        _until(ledgers, need.input_tokens, [(x.input_limit, x.input_used) for x in ledgers], "input_tokens", now),
-        _until(ledgers, need.output_tokens, [(x.output_limit, x.output_used) for x in ledgers], "output_tokens", now),
+        _together((ledger,), "requests", cost.requests, now),
+        _together((ledger,), "input_tokens", cost.input_tokens, now),
+        _together((ledger,), "output_tokens", output, now),
     )
 
 
-def _until(
-    ledgers: Sequence[Ledger], need: int, state: list[tuple[int | None, int]], dimension: str, now: float
-) -> float:
+def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: float) -> float:
+    """Seconds until *ledgers* have together taken *need* of one dimension, if each takes what it can at once."""
     total = free = 0
-    for limit, used in state:
+    debts = []
+    for ledger in ledgers:
+        limit, used = _state(ledger, dimension)
         if limit is None:
             return 0.0
         total += limit
         free += max(0, limit - used)
+        debts.append(max(0, used - limit))
     if need <= free:
         return 0.0
+    if total == 0:
+        return inf
     # Whole windows first: in each, everything that was admitted goes, and as much can be admitted again.
-    windows, rest = divmod(need, total)
-    if rest == 0:
-        windows, rest = windows - 1, total
-    seconds = windows * min(ledger.span for ledger in ledgers)
-    rest -= free
-    if rest <= 0:
-        return seconds
-    for entry in merge(*(ledger._log for ledger in ledgers), key=lambda entry: entry.expiry):
-        rest -= getattr(entry, dimension)
-        if rest <= 0:
-            return seconds + max(0.0, entry.expiry - now)
+    windows, rest = divmod(need - 1, total)
+    shortest = min(ledger.span for ledger in ledgers)
+    seconds = windows * shortest
+    rest += 1 - free
+    if rest > 0:
+        for expiry, amount in merge(*map(_returns, ledgers, (dimension,) * len(debts), debts)):
+            rest -= amount
+            if rest <= 0:
+                seconds += expiry - now
+                break
+    if any(ledger.span != shortest for ledger in ledgers):
+        # Of windows of several lengths the shortest come round more often than this has counted; but never does more
+        # come back than each ledger's limit a window.
+        rate = sum((_state(ledger, dimension)[0] or 0) / ledger.span for ledger in ledgers)
+        seconds = max(min(seconds, (windows + 1) * shortest), (need - total) / rate)
     return seconds
+
+
+def _state(ledger: Ledger, dimension: Dimension) -> tuple[int | None, int]:
+    if dimension == "requests":
+        return ledger.request_limit, ledger.requests_used
+    if dimension == "input_tokens":
+        return ledger.input_limit, ledger.input_used
+    return ledger.output_limit, ledger.output_used
+
+
+def _returns(ledger: Ledger, dimension: Dimension, debt: int) -> Iterator[tuple[float, int]]:
+    """When how much of a dimension comes back, after the *debt* by which the ledger is over its limit."""
+    for entry in ledger._log:
+        amount: int = getattr(entry, dimension)
+        if amount:
+            paid = min(amount, debt)
+            debt -= paid
+            yield entry.expiry, amount - paid

@@ -1,0 +1,435 @@
+"""The ledger against an oracle that keeps every reservation for ever and adds them all up each time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llm.core.types import Cost
+from llm.testing.journal import check_window
+from llm.utils.sliding_window import NOTHING, Ledger, Reservation, time_until
+
+WINDOW, GUARD = 8.0, 0.25
+SPAN = WINDOW + GUARD
+
+# Times are multiples of a quarter second, which floats add without error: "exact" can mean equal.
+ticks = st.integers(0, 12).map(lambda quarters: quarters / 4)
+limits = st.one_of(st.none(), st.integers(1, 12))
+costs = st.builds(Cost, st.integers(0, 3), st.integers(0, 5), st.integers(0, 6))
+
+
+class Held:
+    """One reservation as the oracle remembers it."""
+
+    def __init__(self, reservation: Reservation, cost: Cost) -> None:
+        self.reservation = reservation
+        self.cost = cost
+        self.left: float | None = None
+        self.settled: tuple[float, Cost] | None = None
+
+    def counts(self, now: float, span: float) -> Cost:
+        """What it should weigh at *now*."""
+        requests, input_tokens = self.cost.requests, self.cost.input_tokens
+        if self.settled is not None:
+            requests, input_tokens = self.settled[1].requests, self.settled[1].input_tokens
+        elif self.left is None:
+            return Cost(requests, input_tokens, 0)
+        alive = self.left is not None and now < self.left + span
+        produced = self.settled is not None and now < self.settled[0] + span
+        return Cost(
+            requests if alive else 0,
+            input_tokens if alive else 0,
+            self.settled[1].output_tokens if self.settled is not None and produced else 0,
+        )
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Any life of a ledger: reserve, leave (late), settle (late, twice, with any figures), and time going on."""
+
+    @initialize(requests=limits, input_tokens=limits, output_tokens=limits, honest=st.booleans())
+    def begin(self, requests: int | None, input_tokens: int | None, output_tokens: int | None, honest: bool) -> None:
+        self.limits = Cost(requests or 0, input_tokens or 0, output_tokens or 0)
+        self.bound = (requests is not None, input_tokens is not None, output_tokens is not None)
+        self.ledger = Ledger(
+            requests=requests, input_tokens=input_tokens, output_tokens=output_tokens, window=WINDOW, guard=GUARD
+        )
+        self.honest = honest
+        """Nobody uses more than was reserved, or sends twice."""
+        self.now = 100.0
+        self.all: list[Held] = []
+
+    def sums(self) -> tuple[int, int, int, int]:
+        weights = [held.counts(self.now, SPAN) for held in self.all]
+        return (
+            sum(weight.requests for weight in weights),
+            sum(weight.input_tokens for weight in weights),
+            sum(weight.output_tokens for weight in weights),
+            sum(self.output(held.cost) for held in self.all if held.settled is None),
+        )
+
+    def output(self, cost: Cost) -> int:
+        return min(cost.output_tokens, self.limits.output_tokens) if self.bound[2] else cost.output_tokens
+
+    @rule(seconds=ticks)
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(cost=costs)
+    def reserve(self, cost: Cost) -> None:
+        requests, input_tokens, output, opened = self.sums()
+        fits = all(
+            not bound or need <= max(0, limit - used)
+            for bound, need, limit, used in (
+                (self.bound[0], cost.requests, self.limits.requests, requests),
+                (self.bound[1], cost.input_tokens, self.limits.input_tokens, input_tokens),
+                (self.bound[2], self.output(cost), self.limits.output_tokens, output + opened),
+            )
+        )
+        reservation = self.ledger.reserve(cost, now=self.now)
+        assert (reservation is not None) == fits, "all of it or nothing, whenever there is room"
+        if reservation is not None:
+            self.all.append(Held(reservation, cost))
+
+    def pick(self, data: st.DataObject) -> Held:
+        return data.draw(st.sampled_from(self.all))
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        held = self.pick(data)
+        assume(not self.honest or held.left is None)
+        held.reservation.sent(self.now)
+        if held.settled is None:
+            held.left = self.now
+
+    @precondition(lambda self: self.all)
+    @rule(data=st.data(), refund=st.booleans())
+    def settle(self, data: st.DataObject, refund: bool) -> None:
+        held = self.pick(data)
+        more = 0 if self.honest else 4
+        actual = NOTHING
+        if not refund:
+            actual = Cost(
+                held.cost.requests,
+                data.draw(st.integers(-more, held.cost.input_tokens + more)),
+                data.draw(st.integers(-more, self.output(held.cost) + more)),
+            )
+        held.reservation.settle(actual, now=self.now)
+        if held.settled is None:
+            held.settled = (self.now, Cost(actual.requests, max(0, actual.input_tokens), max(0, actual.output_tokens)))
+            if held.left is None and (actual.requests or actual.input_tokens > 0):
+                held.left = self.now
+
+    @invariant()
+    def the_sums_are_those_of_the_log(self) -> None:
+        ledger = self.ledger
+        ledger.expire(self.now)
+        requests, input_tokens, output, opened = self.sums()
+        if not ledger.bounded:
+            assert not ledger._log, "a ledger without limits keeps no log"
+            requests = input_tokens = output = 0
+        assert (ledger.requests_used, ledger.input_used, ledger.output_used, ledger.open_output) == (
+            requests,
+            input_tokens,
+            output,
+            opened,
+        )
+        assert min(requests, input_tokens, output, opened) >= 0
+        expiries = [entry.expiry for entry in ledger._log if entry.expiry > 0]
+        assert expiries == sorted(expiries)
+
+    @invariant()
+    def no_window_is_overfull(self) -> None:
+        if not self.honest:
+            return
+        left = [
+            (held.left, held.settled[1] if held.settled is not None else held.cost)
+            for held in self.all
+            if held.left is not None
+        ]
+        settled = [(held.settled[0], held.settled[1].output_tokens) for held in self.all if held.settled is not None]
+        if self.bound[0]:
+            assert check_window([(at, cost.requests) for at, cost in left], self.limits.requests, WINDOW) == 0
+        if self.bound[1]:
+            assert check_window([(at, cost.input_tokens) for at, cost in left], self.limits.input_tokens, WINDOW) == 0
+        if self.bound[2]:
+            assert check_window(settled, self.limits.output_tokens, WINDOW) == 0
+
+
+LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestLedger = LedgerMachine.TestCase
+
+
+def full(*, requests: int, at: float, guard: float = GUARD) -> Ledger:
+    """A ledger whose requests all left at one instant."""
+    ledger = Ledger(requests=requests, window=WINDOW, guard=guard)
+    for _ in range(requests):
+        send(ledger, Cost(), at)
+    return ledger
+
+
+def send(ledger: Ledger, cost: Cost, now: float) -> Reservation:
+    reservation = ledger.reserve(cost, now=now)
+    assert reservation is not None
+    reservation.sent(now)
+    return reservation
+
+
+def test_a_full_window_admits_again_when_its_oldest_request_is_a_window_and_a_guard_old() -> None:
+    ledger = full(requests=2, at=10.0)
+    assert ledger.next_expiry(10.0) == 10.0 + SPAN
+    assert ledger.reserve(Cost(), now=10.0 + SPAN - 0.001) is None
+    assert ledger.reserve(Cost(), now=10.0 + SPAN) is not None
+
+
+def test_a_refused_reservation_takes_nothing_of_any_dimension() -> None:
+    ledger = Ledger(requests=5, input_tokens=100, output_tokens=10)
+    assert ledger.reserve(Cost(1, 50, 10), now=0.0) is not None
+    before = repr(ledger)
+    assert ledger.reserve(Cost(1, 51, 0), now=0.0) is None
+    assert ledger.reserve(Cost(1, 10, 1), now=0.0) is None
+    assert ledger.reserve(Cost(5, 10, 0), now=0.0) is None
+    assert repr(ledger) == before == "<Ledger requests 1/5, input 50/100, output 0/10 + 10 open>"
+
+
+def test_a_request_that_left_late_expires_late() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    reservation.sent(5.0)
+    assert ledger.next_expiry(SPAN) == 5.0 + SPAN
+    assert ledger.reserve(Cost(), now=SPAN) is None
+    assert ledger.reserve(Cost(), now=5.0 + SPAN) is not None
+
+
+def test_a_request_that_has_not_left_counts_however_long_it_waits_for_its_connection() -> None:
+    """Else it would be sent after its place was given to another."""
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    assert ledger.reserve(Cost(), now=10 * SPAN) is None
+    reservation.sent(10 * SPAN)
+    assert ledger.reserve(Cost(), now=11 * SPAN - 0.25) is None
+    assert ledger.reserve(Cost(), now=11 * SPAN) is not None
+
+
+def test_a_moment_between_permit_and_departure_is_left_to_the_guard() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    reservation.sent(0.005)
+    assert ledger.next_expiry(1.0) == SPAN
+
+
+def test_without_a_guard_there_is_nothing_to_leave_to_it() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=0.0)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    reservation.sent(0.005)
+    assert ledger.next_expiry(1.0) == 0.005 + WINDOW
+
+
+def test_only_the_first_settlement_counts() -> None:
+    ledger = Ledger(requests=5, input_tokens=100, output_tokens=100)
+    reservation = ledger.reserve(Cost(1, 50, 50), now=0.0)
+    assert reservation is not None
+    reservation.sent(0.0)
+    reservation.settle(Cost(1, 20, 30), now=1.0)
+    reservation.settle(Cost(1, 90, 90), now=2.0)
+    reservation.settle(NOTHING, now=3.0)
+    reservation.sent(4.0)
+    assert repr(ledger) == "<Ledger requests 1/5, input 20/100, output 30/100 + 0 open>"
+    assert reservation.settled
+
+
+def test_a_settlement_after_the_window_changes_only_the_output() -> None:
+    ledger = Ledger(requests=5, input_tokens=100, output_tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 50, 50), 0.0)
+    reservation.settle(Cost(1, 90, 40), now=3 * SPAN)
+    assert repr(ledger) == "<Ledger requests 0/5, input 0/100, output 40/100 + 0 open>"
+    ledger.expire(4 * SPAN)
+    assert repr(ledger) == "<Ledger requests 0/5, input 0/100, output 0/100 + 0 open>"
+
+
+def test_figures_below_nothing_make_no_capacity() -> None:
+    ledger = Ledger(input_tokens=10, output_tokens=10)
+    send(ledger, Cost(1, 5, 5), 0.0).settle(Cost(1, -100, -100), now=0.0)
+    assert (ledger.input_used, ledger.output_used, ledger.open_output) == (0, 0, 0)
+
+
+def test_a_guess_of_output_never_asks_for_more_than_the_limit() -> None:
+    ledger = Ledger(output_tokens=100)
+    assert ledger.reserve(Cost(1, 0, 4096), now=0.0) is not None
+    assert ledger.open_output == 100
+    assert ledger.too_large(Cost(1, 0, 4096)) is None
+
+
+@pytest.mark.parametrize(
+    ("cost", "found"),
+    [
+        (Cost(1, 100), None),
+        (Cost(1, 101), ("input_tokens", 101, 100)),
+        (Cost(6, 1), ("requests", 6, 5)),
+    ],
+)
+def test_what_no_window_could_hold_is_said(cost: Cost, found: tuple[str, int, int] | None) -> None:
+    assert Ledger(requests=5, input_tokens=100).too_large(cost) == found
+
+
+def test_without_limits_nothing_is_refused_and_nothing_kept() -> None:
+    ledger = Ledger()
+    for _ in range(1000):
+        send(ledger, Cost(1, 10**9, 10**9), 0.0).settle(Cost(1, 10**9, 10**9), now=0.0)
+    assert not ledger.bounded
+    assert ledger.next_expiry(0.0) is None
+    assert time_until([ledger], Cost(10**9), now=0.0) == 0.0
+
+
+def test_refunds_do_not_make_the_log_longer_than_the_limits() -> None:
+    """A server that refuses connections is asked again and again, and costs nothing."""
+    ledger = Ledger(requests=10)
+    for _ in range(10_000):
+        held = [ledger.reserve(Cost(), now=0.0) for _ in range(10)]
+        for reservation in held:
+            assert reservation is not None
+            reservation.settle(NOTHING, now=0.0)
+    assert len(ledger._log) <= 100
+    assert ledger.requests_used == 0
+
+
+# -- time_until ------------------------------------------------------------------------------------------------------
+
+sends = st.lists(
+    st.tuples(ticks, st.builds(Cost, st.integers(0, 3), st.integers(0, 5), st.integers(0, 6)), st.integers(0, 8)),
+    max_size=14,
+)
+
+
+def fill(ledger: Ledger, plan: list[tuple[float, Cost, int]]) -> float:
+    """Send what can be sent, settled at once with other figures than were reserved, and return the time."""
+    now = 0.0
+    for gap, cost, input_tokens in plan:
+        now += gap
+        reservation = ledger.reserve(cost, now=now)
+        if reservation is not None:
+            reservation.sent(now)
+            reservation.settle(Cost(cost.requests, input_tokens, cost.output_tokens), now=now)
+    return now
+
+
+@given(
+    requests=limits,
+    input_tokens=limits,
+    output_tokens=limits,
+    plan=sends,
+    later=ticks,
+    cost=costs,
+)
+def test_the_wait_of_a_single_call_is_exact(
+    requests: int | None,
+    input_tokens: int | None,
+    output_tokens: int | None,
+    plan: list[tuple[float, Cost, int]],
+    later: float,
+    cost: Cost,
+) -> None:
+    ledger = Ledger(requests=requests, input_tokens=input_tokens, output_tokens=output_tokens, window=WINDOW)
+    now = fill(ledger, plan) + later
+    wait = time_until([ledger], cost, now=now)
+    if ledger.too_large(cost):
+        assert wait == float("inf")
+        return
+    assert wait <= SPAN
+    # Step by step, on copies: it is refused at every quarter second before, and admitted then.
+    for step in range(int(wait * 4)):
+        assert deepcopy(ledger).reserve(cost, now=now + step / 4) is None
+    assert deepcopy(ledger).reserve(cost, now=now + wait) is not None
+
+
+def admitted(ledger: Ledger, cost: Cost, now: float) -> bool:
+    reservation = ledger.reserve(cost, now=now)
+    if reservation is not None:
+        reservation.sent(now)
+    return reservation is not None
+
+
+@given(data=st.data(), windows=st.lists(st.sampled_from([2.0, 4.0, 8.0]), min_size=1, max_size=3))
+def test_what_a_queue_is_told_is_never_more_than_it_has_to_wait(data: st.DataObject, windows: list[float]) -> None:
+    """Also with windows of several lengths, and however the queue is spread over the keys."""
+    pairs = []
+    for window in windows:
+        ledger = Ledger(requests=data.draw(limits), input_tokens=data.draw(limits), window=window, guard=GUARD)
+        pairs.append((ledger, fill(ledger, data.draw(sends))))
+    ledgers = [ledger for ledger, _ in pairs]
+    now = start = max(then for _, then in pairs)
+    queue = data.draw(st.lists(st.builds(Cost, st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=25))
+    queue = [cost for cost in queue if any(not ledger.too_large(cost) for ledger in ledgers)]
+    assume(queue)
+    ahead = Cost(sum(cost.requests for cost in queue[:-1]), sum(cost.input_tokens for cost in queue[:-1]))
+    told = time_until(ledgers, queue[-1], ahead, now=now)
+    while queue:
+        order = data.draw(st.permutations(ledgers))
+        while queue and any(admitted(ledger, queue[0], now) for ledger in order):
+            del queue[0]
+        if queue:
+            now += 0.25
+    assert told <= now - start
+
+
+def test_a_long_queue_waits_whole_windows() -> None:
+    ledgers = [full(requests=50, at=0.0), full(requests=50, at=4.0)]
+    assert time_until(ledgers, Cost(), now=5.0) == SPAN - 5.0
+    assert time_until(ledgers, Cost(), Cost(49), now=5.0) == SPAN - 5.0
+    assert time_until(ledgers, Cost(), Cost(50), now=5.0) == SPAN - 1.0
+    assert time_until(ledgers, Cost(), Cost(100), now=5.0) == 2 * SPAN - 5.0
+    assert time_until(ledgers, Cost(), Cost(1050), now=5.0) == 11 * SPAN - 1.0
+
+
+def test_a_key_with_a_short_window_comes_round_while_one_with_a_long_window_does_not() -> None:
+    short, long = Ledger(requests=10, window=10.0, guard=0.0), Ledger(requests=100, window=100.0, guard=0.0)
+    for ledger, requests in ((short, 10), (long, 100)):
+        for _ in range(requests):
+            send(ledger, Cost(), 0.0)
+    # The short one alone takes fifty until then: 10, 20, 30, 40, 50.
+    assert time_until([short, long], Cost(), Cost(49), now=0.0) <= 50.0
+    # And it is not far below the truth for a long queue: 1,000 a 100 s for each ten seconds, or 20 a second less 110.
+    assert time_until([short, long], Cost(), Cost(1999), now=0.0) >= 900.0
+
+
+def test_a_call_waits_for_one_key_that_holds_it_whole() -> None:
+    """Two halves on two keys are of no use to it."""
+    ledgers = [Ledger(input_tokens=100, window=WINDOW, guard=GUARD) for _ in range(2)]
+    send(ledgers[0], Cost(1, 60), 0.0)
+    send(ledgers[1], Cost(1, 60), 2.0)
+    assert time_until(ledgers, Cost(1, 80), now=4.0) == SPAN - 4.0
+    assert time_until(ledgers, Cost(1, 40), now=4.0) == 0.0
+    assert time_until(ledgers, Cost(1, 101), now=4.0) == float("inf")
+
+
+def test_output_that_is_open_may_come_back_at_any_time() -> None:
+    ledger = Ledger(output_tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 0, 100), 0.0)
+    assert time_until([ledger], Cost(1, 0, 100), now=1.0) == 0.0
+    reservation.settle(Cost(1, 0, 100), now=1.0)
+    assert time_until([ledger], Cost(1, 0, 1), now=1.0) == SPAN
+
+
+def test_an_overdraft_is_paid_before_anybody_is_let_in() -> None:
+    """Usage told more than was reserved: 30 tokens of 10."""
+    ledger = Ledger(input_tokens=10, window=WINDOW, guard=GUARD)
+    first, second = send(ledger, Cost(1, 5), 0.0), send(ledger, Cost(1, 5), 3.0)
+    first.settle(Cost(1, 15, 0), now=3.0)
+    second.settle(Cost(1, 15, 0), now=3.0)
+    assert time_until([ledger], Cost(1, 1), now=3.0) == SPAN
+    assert time_until([ledger], Cost(1, 0), now=3.0) == 0.0
+
+
+@pytest.mark.parametrize("dimension", ["requests", "input_tokens"])
+def test_a_limit_of_nothing_keeps_everything_out(dimension: str) -> None:
+    ledger = Ledger(**{dimension: 0})
+    assert ledger.reserve(Cost(1, 1), now=0.0) is None
+    assert time_until([ledger], Cost(1, 1), now=0.0) == float("inf")
