@@ -1,24 +1,30 @@
 """Admission: where a call waits for a key with capacity and for a free client, in fair order, and pays for both.
 
 Theory of operation. There is one queue per *route* (the set of keys that could take a call) and one ticket counter for
-all of them. The key is chosen late: when a call stands at the head and can go. ``_pump`` goes through the heads in the
-order of their tickets and admits what fits; a head that must wait claims its keys, so that nobody younger takes what it
-is waiting for. Nothing polls: the pump runs when something was given back, when a key has changed, and by one timer at
-the earliest instant at which capacity returns by itself.
+all of them; a key whose limit is smaller than the call is no part of its route. The key is chosen late: when a call
+stands at the head and can go. ``_pump`` goes through the heads in the order of their tickets and admits what fits; a
+head that must wait claims its keys, so that nobody younger takes what it is waiting for. Nothing polls: the pump runs
+when something was given back, when a key has changed, and by one timer at the earliest instant at which capacity
+returns by itself.
 
 A permit reserves requests, input and output tokens in the key's ledger and holds a pooled client. Settling it corrects
 the ledger by what the attempt turned out to cost, and gives the client back.
+
+Those who leave a queue are taken out of the sums at once and out of the containers later: when they come to the head,
+or when there are more of them than of those who wait. They hold nothing of their call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum
 from functools import partial
 from heapq import heapify, heappop, heappush
 from math import inf
+from operator import attrgetter
 from typing import NamedTuple
 
 from ..core.events import CallAdmitted, CallQueued, Events
@@ -42,7 +48,7 @@ LONG_WAIT = 2.0
 """Seconds in the queue after which a call is reported; then every ``LONG_WAIT_AGAIN`` seconds."""
 LONG_WAIT_AGAIN = 60.0
 MIN_COMPACT = 64
-"""Waiters that may have left the middle of the queues before they are swept out."""
+"""Waiters that may have left before the containers are swept."""
 MIN_WAKE = 0.05
 """Seconds between two wake-ups by the timer: at most twenty a second, however fast capacity trickles back."""
 
@@ -68,11 +74,14 @@ def charge(reserved: Cost, settlement: Settlement, *, sent: bool) -> Cost:
         return NOTHING
     usage, error = settlement.usage, settlement.error
     if error is None:
-        return Cost(1, usage.input_tokens, usage.output_tokens) if usage is not None else reserved
+        if usage is None or not usage.total_tokens:
+            # Some compatible servers do not count, or say nothing but zeros.
+            return reserved
+        return Cost(reserved.requests, usage.input_tokens or reserved.input_tokens, usage.output_tokens)
     if isinstance(error, LLMException) and error.status is not None and error.status >= 400 and usage is None:
-        return Cost(1, 0, 0)
+        return Cost(reserved.requests, 0, 0)
     return Cost(
-        1,
+        reserved.requests,
         (usage.input_tokens if usage is not None else 0) or reserved.input_tokens,
         max(usage.output_tokens if usage is not None else 0, reserved.output_tokens),
     )
@@ -105,17 +114,17 @@ class RateLimitMiddleware:
         self._acquire_timeout = acquire_timeout
         self._estimate = estimate
         self._ledgers: dict[KeyRef, Ledger] = {}
-        self._queues: dict[Sequence[PoolKey], deque[_Waiter]] = {}
+        self._queues: dict[tuple[PoolKey, ...], _Queue] = {}
         self._waiting = 0
+        self._left = 0
+        """Waiters that have gone since the containers were last swept."""
         self._tickets = 0
+        self._arrivals = 0
         self._deadlines: list[tuple[float, int, _Waiter]] = []
         self._timer: TimerHandle | None = None
         self._timer_at = inf
         self._pump_handle: asyncio.Handle | None = None
-        self._dead = 0
-        self._starving = False
-        self._starved_since: float | None = None
-        self._starved_total = 0.0
+        self._closed = False
         self._long_waits = Alarms(LONG_WAIT, clock)
         self._longer_waits = Alarms(LONG_WAIT_AGAIN, clock)
         pool.on_change(self._schedule)
@@ -175,18 +184,15 @@ class RateLimitMiddleware:
         return {"queued": self._waiting, "keys": keys}
 
     def close(self) -> None:
-        """Fail whoever waits, and let go of every timer."""
+        """Fail whoever waits and whoever still comes, and let go of every timer."""
+        self._closed = True
         for queue in self._queues.values():
-            for waiter in queue:
+            for waiter in queue.waiters:
                 if waiter.alive:
-                    self._finish(waiter, LLMPoolExhaustedError("the manager was closed while the call was waiting"))
-        self._queues.clear()
-        self._deadlines.clear()
+                    self._finish(waiter, _closed(waiter.provider))
+        self._tidy()
         self._long_waits.close()
         self._longer_waits.close()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if self._pump_handle is not None:
             self._pump_handle.cancel()
             self._pump_handle = None
@@ -202,23 +208,23 @@ class RateLimitMiddleware:
             LLMPoolExhaustedError: no client became free within the acquire timeout.
             LLMException: every key that could take the call is out of use; of the class of the cause.
         """
-        route = self._pool.route(call.model)
-        refusal = self._pool.refusal(route)
-        if refusal is not None:
-            raise refusal
-        now = self._clock.now()
-        if not self._waiting:
-            grant = self._grant(route, cost, now, ())
-            if grant is not None:
-                self._announce(call, grant.key, 0.0, now)
-                return grant
-        self._refuse_the_hopeless(call, route, cost, now)
+        if self._closed:
+            raise _closed(call.provider)
+        route = tuple(self._pool.route(call.model))
+        self._raise_refusal(route)
         if call.ticket is None:
             self._tickets += 1
             call.ticket = self._tickets
-        waiter = _Waiter(call.ticket, call, cost, now, self._starved(now))
-        waiter.alarm = self._long_waits.start(partial(self._report_wait, waiter))
-        self._enqueue(route, waiter)
+        now = self._clock.now()
+        if not self._waiting and (call.deadline is None or now < call.deadline):
+            grant = self._grant(route, cost, now, ())
+            if isinstance(grant, _Grant):
+                self._announce(call, grant.key, 0.0, now)
+                return grant
+        route = self._fitting(call, route, cost)
+        if call.deadline is not None:
+            self._refuse_the_hopeless(call, call.ticket, call.deadline, route, cost, now)
+        waiter = self._enqueue(call, call.ticket, route, cost, now)
         self._schedule()
         try:
             await waiter.future
@@ -228,8 +234,9 @@ class RateLimitMiddleware:
                 self._give_back(waiter.outcome)
             raise
         finally:
-            waiter.alarm.cancel()
             self._leave(waiter)
+            waited = self._clock.now() - now
+            call.queued += waited
         outcome, waiter.outcome = waiter.outcome, None
         assert outcome is not None
         if isinstance(outcome, LLMException):
@@ -238,56 +245,69 @@ class RateLimitMiddleware:
             finally:
                 # Its traceback holds this frame; what the frame holds would live in a cycle, the prompt with it.
                 del outcome, waiter
-        self._announce(call, outcome.key, self._clock.now() - now, now)
+        self._announce(call, outcome.key, waited, now + waited)
         return outcome
 
-    def _refuse_the_hopeless(self, call: Call, route: Sequence[PoolKey], cost: Cost, now: float) -> None:
-        """Raise at once what waiting cannot mend."""
-        ledgers = [self.ledger(key) for key in route]
-        excess = [ledger.too_large(cost) for ledger in ledgers]
-        if all(excess):
-            dimension, need, limit = max((e for e in excess if e is not None), key=lambda e: e[2])
-            raise LLMRequestTooLargeError(
-                f"the call needs {need} {dimension} and no key may use more than {limit} in one window",
-                provider=call.provider,
-                model=call.model,
-                dimension=dimension,
-                need=need,
-                limit=limit,
-            )
-        if call.deadline is None:
-            return
-        able = [ledger for ledger, too_large in zip(ledgers, excess, strict=True) if too_large is None]
-        wait = time_until(able, self._ahead(route, cost, call.ticket), now=now)
-        wait = max(wait, min(key.available_at for key in route) - now, 0.0)
-        if now + wait >= call.deadline:
+    def _raise_refusal(self, route: Sequence[PoolKey]) -> None:
+        refusal = self._pool.refusal(route)
+        if refusal is not None:
+            try:
+                raise refusal
+            finally:
+                del refusal
+
+    def _fitting(self, call: Call, route: tuple[PoolKey, ...], cost: Cost) -> tuple[PoolKey, ...]:
+        """The keys of *route* whose limits are not smaller than the call."""
+        excess = [self.ledger(key).too_large(cost) for key in route]
+        if not any(excess):
+            return route
+        fitting = tuple(key for key, too_large in zip(route, excess, strict=True) if too_large is None)
+        if fitting:
+            self._raise_refusal(fitting)
+            return fitting
+        dimension, need, limit = max((e for e in excess if e is not None), key=lambda e: e[2])
+        raise LLMRequestTooLargeError(
+            f"the call needs {need} {dimension} and no key may use more than {limit} in one window",
+            provider=call.provider,
+            model=call.model,
+            dimension=dimension,
+            need=need,
+            limit=limit,
+        )
+
+    def _refuse_the_hopeless(
+        self, call: Call, ticket: int, deadline: float, route: tuple[PoolKey, ...], cost: Cost, now: float
+    ) -> None:
+        """Raise at once if the deadline will have passed before the call can be admitted."""
+        wait = time_until([self.ledger(key) for key in route], cost, self._ahead(route, ticket), now=now)
+        wait = max(wait, min(key.available_at for key in route) - now)
+        if now + wait >= deadline:
             raise LLMDeadlineExceededError(
-                f"the deadline in {max(0.0, call.deadline - now):.1f} s cannot be met: "
-                f"capacity returns in {wait:.1f} s",
+                f"the deadline in {max(0.0, deadline - now):.1f} s cannot be met: capacity returns in {wait:.1f} s",
                 provider=call.provider,
                 model=call.model,
                 retry_after=wait,
             )
 
-    def _ahead(self, route: Sequence[PoolKey], cost: Cost, ticket: int | None) -> Cost:
-        """What stands before a call, the call included: everybody older who can go nowhere but to *route*'s keys."""
-        requests, input_tokens, output_tokens = cost.requests, cost.input_tokens, cost.output_tokens
-        keys = set(route)
-        for other, queue in self._queues.items():
-            if other is route or keys.issuperset(other):
-                for waiter in queue:
-                    if waiter.alive and (ticket is None or waiter.ticket < ticket):
-                        requests += waiter.cost.requests
-                        input_tokens += waiter.cost.input_tokens
-                        output_tokens += waiter.cost.output_tokens
-        return Cost(requests, input_tokens, output_tokens)
+    def _ahead(self, route: tuple[PoolKey, ...], ticket: int) -> Cost:
+        """What stands before *ticket*: everybody older who can go nowhere but to *route*'s keys.
+
+        Without their output, which is reserved as a guess and mostly given back long before a window is over.
+        """
+        requests = input_tokens = 0
+        keys = frozenset(route)
+        for queue in self._queues.values():
+            if keys.issuperset(queue.route):
+                need = queue.need_before(ticket)
+                requests += need[0]
+                input_tokens += need[1]
+        return Cost(requests, input_tokens)
 
     def _announce(self, call: Call, key: PoolKey, waited: float, now: float) -> None:
-        call.queued += waited
         if CallAdmitted in self._events.wanted:
             self._events.publish(
                 CallAdmitted(
-                    at=now + waited,
+                    at=now,
                     provider=call.provider,
                     call_id=call.id,
                     key_id=key.ref.id,
@@ -296,41 +316,63 @@ class RateLimitMiddleware:
                 )
             )
 
-    # -- the queue -----------------------------------------------------------------------------------------------
+    # -- the queues ----------------------------------------------------------------------------------------------
 
-    def _enqueue(self, route: Sequence[PoolKey], waiter: _Waiter) -> None:
-        queue = self._queues.setdefault(route, deque())
-        if not queue or waiter.ticket > queue[-1].ticket:
-            queue.append(waiter)
-        else:
-            # A renewal: it keeps the place that its ticket gives it.
-            insort(queue, waiter, key=lambda other: other.ticket)
+    def _enqueue(self, call: Call, ticket: int, route: tuple[PoolKey, ...], cost: Cost, now: float) -> _Waiter:
+        queue = self._queues.get(route)
+        if queue is None:
+            queue = self._queues[route] = _Queue(route)
+        self._arrivals += 1
+        waiter = _Waiter(call, ticket, self._arrivals, queue, cost, now)
+        queue.add(waiter)
         self._waiting += 1
-        deadline = waiter.call.deadline
-        if deadline is not None:
-            heappush(self._deadlines, (deadline, waiter.ticket, waiter))
+        if call.deadline is not None:
+            heappush(self._deadlines, (call.deadline, waiter.arrival, waiter))
+        waiter.alarm = self._long_waits.start(partial(self._report_wait, waiter))
+        return waiter
 
     def _leave(self, waiter: _Waiter) -> None:
-        """The waiter is gone, for whatever reason; whoever stood behind it may now be able to go."""
+        """The waiter's task goes on, for whatever reason; whoever stood behind it may now be able to go."""
+        if waiter.alarm is not None:
+            waiter.alarm.cancel()
+            # It knows the waiter, as the waiter knows it.
+            waiter.alarm = None
         if waiter.alive:
-            waiter.alive = False
-            self._waiting -= 1
-            self._dead += 1
-            if self._dead > MIN_COMPACT and self._dead > self._waiting:
-                self._compact()
+            self._remove(waiter)
+            self._tidy()
             self._schedule()
 
-    def _compact(self) -> None:
-        """Drop those who left from the middle of the queues, with the prompts that they hold."""
-        self._dead = 0
-        for route, queue in list(self._queues.items()):
-            alive = deque(waiter for waiter in queue if waiter.alive)
-            if alive:
-                self._queues[route] = alive
-            else:
-                del self._queues[route]
-        self._deadlines = [entry for entry in self._deadlines if entry[2].alive]
-        heapify(self._deadlines)
+    def _finish(self, waiter: _Waiter, outcome: _Grant | LLMException) -> None:
+        self._remove(waiter)
+        if waiter.future.cancelled():
+            # Its task has been cancelled in this very tick, and has not run yet.
+            if isinstance(outcome, _Grant):
+                self._give_back(outcome)
+            return
+        waiter.outcome = outcome
+        waiter.future.set_result(None)
+
+    def _remove(self, waiter: _Waiter) -> None:
+        waiter.alive = False
+        waiter.queue.subtract(waiter)
+        self._waiting -= 1
+        self._left += 1
+
+    def _tidy(self) -> None:
+        """Sweep the containers when most of what they hold has left."""
+        if not self._waiting:
+            self._left = 0
+            self._queues.clear()
+            self._deadlines.clear()
+            self._set_timer(inf)
+        elif self._left > MIN_COMPACT and self._left > self._waiting:
+            self._left = 0
+            for queue in list(self._queues.values()):
+                queue.sweep()
+                if not queue.waiters:
+                    del self._queues[queue.route]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].alive]
+            heapify(self._deadlines)
 
     def _schedule(self) -> None:
         """Run the pump in this turn of the loop, once."""
@@ -342,65 +384,42 @@ class RateLimitMiddleware:
         self._pump_handle = None
         now = self._clock.now()
         self._fail_the_late(now)
-        blocked: dict[Sequence[PoolKey], _Waiter] = {}
         claimed: set[PoolKey] = set()
-        starved = False
-        heads: list[tuple[int, Sequence[PoolKey]]] = []
-        for route in list(self._queues):
-            self._push_head(route, heads)
+        blocked: list[_Queue] = []
+        heads: list[tuple[int, int, _Queue]] = []
+        for queue in list(self._queues.values()):
+            self._push_head(queue, heads)
         while heads:
-            _, route = heappop(heads)
-            waiter = self._queues[route][0]
-            refusal = self._pool.refusal(route)
-            if refusal is not None:
-                self._queues[route].popleft()
-                self._finish(waiter, refusal)
-            elif starved:
-                blocked[route] = waiter
-                continue
+            queue = heappop(heads)[2]
+            waiter = queue.waiters[0]
+            outcome = self._pool.refusal(queue.route) or self._grant(queue.route, waiter.cost, now, claimed)
+            queue.starve(outcome is _Blocked.BY_CLIENTS, now)
+            if not isinstance(outcome, _Blocked):
+                queue.waiters.popleft()
+                self._finish(waiter, outcome)
+                self._push_head(queue, heads)
+            elif outcome is _Blocked.BY_CLIENTS and self._fail_the_starved(queue, now):
+                self._push_head(queue, heads)
             else:
-                grant = self._grant(route, waiter.cost, now, claimed)
-                if grant is None:
-                    blocked[route] = waiter
-                    starved = self._starving
-                    claimed.update(route)
-                    continue
-                self._queues[route].popleft()
-                self._finish(waiter, grant)
-            self._push_head(route, heads)
-        self._note_starvation(starved, now)
-        if starved:
-            self._fail_the_starved(now)
+                blocked.append(queue)
+                if outcome is _Blocked.BY_LIMITS:
+                    claimed.update(queue.route)
+        self._tidy()
         self._arm(blocked, now)
 
-    def _push_head(self, route: Sequence[PoolKey], heads: list[tuple[int, Sequence[PoolKey]]]) -> None:
-        queue = self._queues[route]
-        while queue and not queue[0].alive:
-            queue.popleft()
-        if queue:
-            heappush(heads, (queue[0].ticket, route))
+    def _push_head(self, queue: _Queue, heads: list[tuple[int, int, _Queue]]) -> None:
+        waiters = queue.waiters
+        while waiters and not waiters[0].alive:
+            waiters.popleft()
+        if waiters:
+            heappush(heads, (waiters[0].ticket, waiters[0].arrival, queue))
         else:
-            del self._queues[route]
-
-    def _finish(self, waiter: _Waiter, outcome: _Grant | LLMException) -> None:
-        waiter.alive = False
-        self._waiting -= 1
-        if waiter.future.cancelled():
-            # Its task has been cancelled in this very tick, and has not run yet.
-            if isinstance(outcome, _Grant):
-                self._give_back(outcome)
-            return
-        waiter.outcome = outcome
-        waiter.future.set_result(None)
+            del self._queues[queue.route]
 
     def _grant(
-        self, route: Sequence[PoolKey], cost: Cost, now: float, claimed: set[PoolKey] | tuple[()]
-    ) -> _Grant | None:
-        """A permit on the first key in rotation that can take *cost* now, or None.
-
-        ``_starving`` then says whether a key could have, had there been a free client.
-        """
-        self._starving = False
+        self, route: tuple[PoolKey, ...], cost: Cost, now: float, claimed: set[PoolKey] | tuple[()]
+    ) -> _Grant | _Blocked:
+        """A permit on the first key in rotation that can take *cost* now."""
         for key in self._pool.rotation(route):
             if key.available_at > now or key in claimed:
                 continue
@@ -410,39 +429,43 @@ class RateLimitMiddleware:
             lease = self._pool.lease(key)
             if lease is None:
                 reservation.settle(NOTHING, now=now)
-                self._starving = True
-                return None
+                return _Blocked.BY_CLIENTS
             return _Grant(key, lease, reservation)
-        return None
+        return _Blocked.BY_LIMITS
 
     def _give_back(self, grant: _Grant) -> None:
         grant.reservation.settle(NOTHING, now=self._clock.now())
-        self._pool.release(grant.lease, None)
+        # Not a success: the key has not shown that it works.
+        self._pool.release(grant.lease, asyncio.CancelledError())
         self._schedule()
 
     # -- time ----------------------------------------------------------------------------------------------------
 
-    def _arm(self, blocked: dict[Sequence[PoolKey], _Waiter], now: float) -> None:
+    def _arm(self, blocked: list[_Queue], now: float) -> None:
         """Set the one timer to the earliest instant at which anything can change by itself."""
-        when = inf
-        for route in blocked:
-            for key in route:
+        earliest = inf
+        for queue in blocked:
+            if queue.starved_since is not None:
+                continue
+            for key in queue.route:
                 at = key.available_at
                 if at <= now:
-                    expiry = self.ledger(key).next_expiry(now)
-                    at = inf if expiry is None else expiry
-                when = min(when, at)
-        when = max(when, now + MIN_WAKE)
+                    at = self.ledger(key).next_expiry(now) or inf
+                earliest = min(earliest, at)
+        when = max(earliest, now + MIN_WAKE)
         while self._deadlines and not self._deadlines[0][2].alive:
             heappop(self._deadlines)
-        if self._deadlines:
-            when = min(when, self._deadlines[0][0])
-        if self._starved_since is not None and self._acquire_timeout is not None and blocked:
-            oldest = min(waiter.starved_before for waiter in blocked.values())
-            when = min(when, now + max(0.0, self._acquire_timeout - (self._starved(now) - oldest)))
-        if when == self._timer_at and self._timer is not None:
-            return
+        if self._deadlines and self._deadlines[0][0] <= when:
+            # Capacity that comes before a deadline must not be handed out after it.
+            when = min(earliest, self._deadlines[0][0])
+        if self._acquire_timeout is not None:
+            when = min(when, min((now + queue.patience(self._acquire_timeout, now) for queue in blocked), default=inf))
+        self._set_timer(when)
+
+    def _set_timer(self, when: float) -> None:
         if self._timer is not None:
+            if when == self._timer_at:
+                return
             self._timer.cancel()
             self._timer = None
         self._timer_at = when
@@ -462,43 +485,28 @@ class RateLimitMiddleware:
                     waiter,
                     LLMDeadlineExceededError(
                         f"the deadline passed after {now - waiter.since:.1f} s in the queue",
-                        provider=waiter.call.provider,
-                        model=waiter.call.model,
+                        provider=waiter.provider,
+                        model=waiter.model,
                     ),
                 )
 
-    def _starved(self, now: float) -> float:
-        """Seconds, since the beginning, in which a key could admit and no client was free."""
-        since = self._starved_since
-        return self._starved_total + (now - since if since is not None else 0.0)
-
-    def _note_starvation(self, starved: bool, now: float) -> None:
-        if starved and self._starved_since is None:
-            self._starved_since = now
-        elif not starved and self._starved_since is not None:
-            self._starved_total = self._starved(now)
-            self._starved_since = None
-
-    def _fail_the_starved(self, now: float) -> None:
-        if self._acquire_timeout is None:
-            return
-        starved = self._starved(now)
-        for queue in self._queues.values():
-            for waiter in queue:
-                if not waiter.alive:
-                    continue
-                # A hundredth of a second is the timer's own inaccuracy.
-                if starved - waiter.starved_before < self._acquire_timeout - 0.01:
-                    break
-                self._finish(
-                    waiter,
-                    LLMPoolExhaustedError(
-                        f"no client became free within {self._acquire_timeout:g} s; raise pool.max_size "
-                        "or pool.acquire_timeout",
-                        provider=waiter.call.provider,
-                        model=waiter.call.model,
-                    ),
-                )
+    def _fail_the_starved(self, queue: _Queue, now: float) -> bool:
+        """Fail those who have waited for nothing but a client for too long; say whether there were any."""
+        timeout = self._acquire_timeout
+        failed = False
+        # A hundredth of a second is the timer's own inaccuracy.
+        while timeout is not None and queue.patience(timeout, now) <= 0.01:
+            waiter = queue.arrived.popleft()
+            self._finish(
+                waiter,
+                LLMPoolExhaustedError(
+                    f"no client became free within {timeout:g} s; raise pool.max_size or pool.acquire_timeout",
+                    provider=waiter.provider,
+                    model=waiter.model,
+                ),
+            )
+            failed = True
+        return failed
 
     def _report_wait(self, waiter: _Waiter) -> None:
         waiter.alarm = self._longer_waits.start(partial(self._report_wait, waiter))
@@ -507,12 +515,16 @@ class RateLimitMiddleware:
             self._events.publish(
                 CallQueued(
                     at=now,
-                    provider=waiter.call.provider,
-                    call_id=waiter.call.id,
+                    provider=waiter.provider,
+                    call_id=waiter.call_id,
                     waited=now - waiter.since,
-                    ahead=self._waiting - 1,
+                    ahead=waiter.queue.position(waiter),
                 )
             )
+
+
+def _closed(provider: str) -> LLMPoolExhaustedError:
+    return LLMPoolExhaustedError("the manager was closed before the call was admitted", provider=provider)
 
 
 class _Grant(NamedTuple):
@@ -523,22 +535,123 @@ class _Grant(NamedTuple):
     reservation: Reservation
 
 
+class _Blocked(Enum):
+    """What keeps the head of a queue from going."""
+
+    BY_LIMITS = "limits"
+    """Or by pauses, or by an older head's claim."""
+    BY_CLIENTS = "clients"
+    """A key could admit it, and no client is free."""
+
+
 class _Waiter:
     """A call in the queue. *outcome* is set before the future is: a grant, or the error to raise."""
 
-    __slots__ = ("alarm", "alive", "call", "cost", "future", "outcome", "since", "starved_before", "ticket")
+    __slots__ = (
+        "alarm",
+        "alive",
+        "arrival",
+        "call_id",
+        "cost",
+        "future",
+        "model",
+        "outcome",
+        "provider",
+        "queue",
+        "since",
+        "starved_before",
+        "ticket",
+    )
 
-    alarm: Alarm
-
-    def __init__(self, ticket: int, call: Call, cost: Cost, since: float, starved_before: float) -> None:
+    def __init__(self, call: Call, ticket: int, arrival: int, queue: _Queue, cost: Cost, since: float) -> None:
+        # Not the call itself: containers hold a waiter longer than it waits, and must not hold a prompt with it.
+        self.call_id = call.id
+        self.provider = call.provider
+        self.model = call.model
         self.ticket = ticket
-        self.call = call
+        self.arrival = arrival
+        self.queue = queue
         self.cost = cost
         self.since = since
-        self.starved_before = starved_before
+        self.starved_before = queue.starved(since)
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outcome: _Grant | LLMException | None = None
+        self.alarm: Alarm | None = None
         self.alive = True
+
+
+_TICKET = attrgetter("ticket")
+
+
+class _Queue:
+    """Those who wait for one route, the oldest ticket first."""
+
+    __slots__ = ("_alive", "_input_tokens", "_requests", "_starved", "arrived", "route", "starved_since", "waiters")
+
+    def __init__(self, route: tuple[PoolKey, ...]) -> None:
+        self.route = route
+        self.waiters: deque[_Waiter] = deque()
+        """In the order of their tickets."""
+        self.arrived: deque[_Waiter] = deque()
+        """In the order in which they came: a renewal comes late with an old ticket."""
+        self._alive = self._requests = self._input_tokens = 0
+        self._starved = 0.0
+        self.starved_since: float | None = None
+
+    def add(self, waiter: _Waiter) -> None:
+        waiters = self.waiters
+        if not waiters or waiter.ticket > waiters[-1].ticket:
+            waiters.append(waiter)
+        else:
+            # A renewal: it keeps the place that its ticket gives it.
+            insort(waiters, waiter, key=_TICKET)
+        self.arrived.append(waiter)
+        self._alive += 1
+        self._requests += waiter.cost.requests
+        self._input_tokens += waiter.cost.input_tokens
+
+    def subtract(self, waiter: _Waiter) -> None:
+        """Of the sums; the waiter itself stays where it is until it is at the head, or swept."""
+        self._alive -= 1
+        self._requests -= waiter.cost.requests
+        self._input_tokens -= waiter.cost.input_tokens
+        while self.arrived and not self.arrived[0].alive:
+            self.arrived.popleft()
+
+    def sweep(self) -> None:
+        self.waiters = deque(waiter for waiter in self.waiters if waiter.alive)
+        self.arrived = deque(waiter for waiter in self.arrived if waiter.alive)
+
+    def need_before(self, ticket: int) -> tuple[int, int]:
+        """Requests and input tokens of those who are older than *ticket*."""
+        if not self.waiters or self.waiters[-1].ticket < ticket:
+            return self._requests, self._input_tokens
+        older = [waiter.cost for waiter in self.waiters if waiter.alive and waiter.ticket < ticket]
+        return sum(cost.requests for cost in older), sum(cost.input_tokens for cost in older)
+
+    def position(self, waiter: _Waiter) -> int:
+        """How many stand before *waiter*."""
+        if self._alive < len(self.waiters):
+            self.sweep()
+        return bisect_left(self.waiters, waiter.ticket, key=_TICKET)
+
+    def starve(self, starving: bool, now: float) -> None:
+        """Count the time in which the head is held up by nothing but the lack of a client."""
+        if starving and self.starved_since is None:
+            self.starved_since = now
+        elif not starving and self.starved_since is not None:
+            self._starved = self.starved(now)
+            self.starved_since = None
+
+    def starved(self, now: float) -> float:
+        """Seconds of such time, in all."""
+        return self._starved + (now - self.starved_since if self.starved_since is not None else 0.0)
+
+    def patience(self, timeout: float, now: float) -> float:
+        """Seconds until somebody has waited *timeout* seconds of such time; infinite while none is passing."""
+        if self.starved_since is None or not self.arrived:
+            return inf
+        return timeout - (self.starved(now) - self.arrived[0].starved_before)
 
 
 class _Permit:
@@ -557,6 +670,8 @@ class _Permit:
         self._sent = False
 
     async def renew(self, call: Call) -> None:
+        # A layer that repeats should have settled; what it forgot to give back would be gone for good.
+        self.settle(Settlement(error=asyncio.CancelledError()))
         limiter = self._limiter
         key, self._lease, self._reservation = await limiter._admit(call, self._cost)
         self._sent = False
