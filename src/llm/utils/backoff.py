@@ -6,6 +6,9 @@ import msgspec
 
 from ..core.exceptions import LLMException, Scope
 
+MAX_DOUBLINGS = 60
+"""More than any bound needs, and fewer than a float can count."""
+
 
 class RetryPolicy(msgspec.Struct, frozen=True):
     """Exponential backoff with full jitter, and the vendor's ``retry-after`` where it says more.
@@ -19,17 +22,19 @@ class RetryPolicy(msgspec.Struct, frozen=True):
     max_delay: float = 8.0
     max_retry_after: float | None = 120.0
 
-    def delay(self, error: LLMException, attempt: int, *, jitter: float) -> float | None:
+    def delay(self, error: LLMException, attempt: int, *, jitter: float, only_key: bool = False) -> float | None:
         """Seconds to sleep before the next attempt, or None to give up.
 
         *attempt* counts the attempts made so far, *jitter* is uniform in [0, 1). An error about one key is not slept
-        off: the pool leaves that key alone for as long as it must, and the next attempt asks for any.
+        off: the pool leaves that key alone for as long as it must, and the next attempt asks for any. With *only_key*
+        nobody chooses another, and the error is waited for like the provider's.
         """
         if not error.retryable or error.scope is Scope.REQUEST or attempt >= self.max_attempts:
             return None
-        if error.scope is Scope.KEY:
+        if error.scope is Scope.KEY and not only_key:
             return 0.0
         wish = error.retry_after or 0.0
         if self.max_retry_after is not None and wish > self.max_retry_after:
             return None
-        return max(wish, jitter * min(self.max_delay, self.base_delay * 2.0 ** (attempt - 1)))
+        doublings = min(max(0, attempt - 1), MAX_DOUBLINGS)
+        return max(wish, jitter * min(self.max_delay, self.base_delay * 2.0**doublings))
