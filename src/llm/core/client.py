@@ -226,7 +226,7 @@ def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
         LLMInvalidRequestError: it is empty, or something in it is not a message.
     """
     if isinstance(messages, str):
-        return (Message(MessageRole.USER, messages),)
+        messages = (Message(MessageRole.USER, messages),)
     if isinstance(messages, (Message, Mapping)):
         raise LLMInvalidRequestError("messages: expected a list of messages, got a single one: put it in a list")
     try:
@@ -252,6 +252,14 @@ def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
             raise LLMInvalidRequestError(
                 f"messages[{index}].content: expected a str, got {type(message.content).__name__}"
             )
+        if not message.content.isascii():
+            try:
+                message.content.encode()
+            except UnicodeEncodeError as error:
+                raise LLMInvalidRequestError(
+                    f"messages[{index}].content: the character at {error.start} is half of a surrogate pair, "
+                    "and cannot be written as JSON"
+                ) from None
     return result
 
 
