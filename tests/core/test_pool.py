@@ -506,16 +506,12 @@ async def test_a_dropped_pool_with_a_probe_to_come_is_collected() -> None:
 
 @pytest.mark.usefixtures("collector")
 async def test_a_dropped_manager_with_a_parked_key_is_collected() -> None:
-    def make() -> Rig:
-        return build(Vendor({1: failure(401)}))
-
-    made: Rig | None = await asyncio.to_thread(make)
-    assert made is not None
+    made: list[Rig] = []
+    await asyncio.to_thread(lambda: made.append(build(Vendor({1: failure(401)}))))
     with pytest.raises(LLMAuthenticationError):
-        await made.client.complete(PROMPT)
-    manager, clock = weakref.ref(made.manager), made.clock
-    made = None
-    await clock.settle()  # the step of the loop that brought it from its thread still holds it
+        await made[0].client.complete(PROMPT)
+    manager, clock = weakref.ref(made[0].manager), made[0].clock
+    made.clear()
     gc.collect()
     assert manager() is None
     await clock.advance(100.0)
