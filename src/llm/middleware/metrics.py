@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.events import Events
 from ..core.exceptions import LLMException
@@ -13,6 +14,8 @@ from ..core.types import LLMResponse, Settlement, Usage
 from ..utils.clock import Clock
 from ..utils.quantiles import Quantiles
 from .base import Call, Handler, Reply
+
+T = TypeVar("T")
 
 MAX_NAMES = 1000
 """Models, keys and error classes counted apart; what comes later is counted under ``other``."""
@@ -91,7 +94,7 @@ class MetricsMiddleware:
         if type(reply) is LLMResponse:
             self._guarded(self._end_attempt, call, Settlement(usage=reply.usage, exact=True))
         else:
-            self._first_token.add(self._clock.now() - started)
+            self._guarded(self._begin_stream, call, started)
             reply.on_settled(partial(self._guarded, self._end_attempt, call))
         return reply
 
@@ -115,11 +118,14 @@ class MetricsMiddleware:
             "by_key": {name: total.show() for name, total in self._keys.items()},
         }
 
-    def _guarded(self, count: Any, call: Call, settlement: Settlement) -> None:
+    def _guarded(self, count: Callable[[Call, T], None], call: Call, fact: T) -> None:
         try:
-            count(call, settlement)
+            count(call, fact)
         except Exception as error:
             self._events.fault("metrics", error)
+
+    def _begin_stream(self, call: Call, started: float) -> None:
+        self._first_token.add(self._clock.now() - started)
 
     def _end_call(self, call: Call, settlement: Settlement) -> None:
         error = settlement.error
