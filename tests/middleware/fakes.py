@@ -50,7 +50,8 @@ class FakePool:
         self.keys = tuple(keys)
         self.clients = clients
         self.in_use: set[FakeLease] = set()
-        self.released: list[tuple[int, BaseException | None]] = []
+        self.released: list[tuple[int, type[BaseException] | None]] = []
+        """(key, class of the error): the error itself would keep its call alive."""
         self.admitted: list[int] = []
         self.looked_at = 0
         """How often somebody looked for a key: the work that a wake-up causes."""
@@ -78,7 +79,7 @@ class FakePool:
     def release(self, lease: Lease, error: BaseException | None) -> None:
         assert isinstance(lease, FakeLease)
         self.in_use.remove(lease)
-        self.released.append((lease.key.ref.number, error))
+        self.released.append((lease.key.ref.number, type(error) if error is not None else None))
         if isinstance(error, LLMException) and error.scope is Scope.KEY:
             if error.retryable:
                 self.pause(lease.key, error.retry_after or 1.0, after=0.0)

@@ -39,36 +39,35 @@ class RetryMiddleware:
             except LLMException as error:
                 call.close_stream()
                 attempts += 1
+                admission = call.admission
                 delay: float | None
                 if error.scope is Scope.KEY and not error.retryable:
                     # A dead key costs no try, since the pool parks it; one that dies twice was not parked.
-                    delay = 0.0 if call.admission is not None and error.key_id not in dead else None
+                    delay = 0.0 if admission is not None and error.key_id not in dead else None
                     dead.add(error.key_id)
                 else:
                     tries += 1
-                    delay = self._policy.delay(error, tries, jitter=self._random())
-                if call.admission is not None:
-                    call.admission.settle(Settlement(usage=error.usage, error=error))
-                self._report(call, error, attempts, delay)
+                    delay = self._policy.delay(error, tries, jitter=self._random(), only_key=admission is None)
+                late = delay is not None and call.deadline is not None and self._clock.now() + delay >= call.deadline
+                if admission is not None:
+                    admission.settle(Settlement(usage=error.usage, error=error))
+                self._report(call, error, attempts, None if late else delay)
                 if delay is None:
                     raise
-                await self._back_off(call, error, delay)
-                if call.admission is not None:
+                if late:
+                    raise LLMDeadlineExceededError(
+                        f"the next attempt would start in {delay:.1f} s, after the call's deadline",
+                        provider=call.provider,
+                        model=call.model,
+                        retry_after=delay,
+                    ) from error
+                if delay > 0.0:
+                    await self._clock.sleep(delay)
+                if admission is not None:
                     try:
-                        await call.admission.renew(call)
+                        await admission.renew(call)
                     except LLMException as refusal:
                         raise refusal from error
-
-    async def _back_off(self, call: Call, error: LLMException, delay: float) -> None:
-        if call.deadline is not None and self._clock.now() + delay >= call.deadline:
-            raise LLMDeadlineExceededError(
-                f"the next attempt would start in {delay:.1f} s, after the call's deadline",
-                provider=call.provider,
-                model=call.model,
-                retry_after=delay,
-            ) from error
-        if delay > 0.0:
-            await self._clock.sleep(delay)
 
     def _report(self, call: Call, error: LLMException, attempt: int, delay: float | None) -> None:
         if AttemptFailed in self._events.wanted:
