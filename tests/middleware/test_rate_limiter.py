@@ -7,7 +7,7 @@ import gc
 import random
 import weakref
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -25,7 +25,7 @@ from llm.core.exceptions import (
     LLMStreamInterruptedError,
     LLMTimeoutError,
 )
-from llm.core.types import Cost, Message, MessageRole, Options, Request, Settlement, Usage
+from llm.core.types import Cost, Message, MessageRole, Options, Request, SettledCallback, Settlement, Usage
 from llm.middleware.base import Call, Reply
 from llm.middleware.rate_limiter import charge, estimate
 from llm.testing.journal import check_window
@@ -970,6 +970,31 @@ async def test_a_client_that_a_failed_call_held_is_free() -> None:
     assert not bench.pool.in_use
 
 
+async def test_a_stream_holds_its_client_until_it_has_settled() -> None:
+    """It may settle in the reader's own time, in a timer or in a finaliser."""
+    bench = Bench(limited(1, 9, output_tokens_per_minute=1000), clients=1)
+    callbacks: list[SettledCallback] = []
+
+    class Stream:
+        def on_settled(self, callback: SettledCallback) -> None:
+            callbacks.append(callback)
+
+    async def streaming(call: Call) -> Reply:
+        bench.leave(call)
+        return cast(Reply, Stream())
+
+    await bench.limiter(ask(name="stream"), streaming)
+    waiting = bench.start(ask(name="next"))
+    await bench.clock.advance(5.0)
+    assert bench.order == ["stream"]
+    ledger = bench.limiter.ledger(bench.pool.keys[0])
+    assert ledger.open_output == 512
+    for _ in range(2):
+        callbacks[0](Settlement(usage=Usage(7, 70), exact=True))
+    await waiting
+    assert (ledger.input_used, ledger.output_used, ledger.open_output) == (17, 80, 0)
+
+
 async def test_many_attempts_that_found_no_client_leave_no_trace_in_the_ledger() -> None:
     bench = Bench(limited(1, 100), clients=1)
     hold = Hold(bench)
@@ -1204,7 +1229,7 @@ async def test_half_an_hour_at_the_limit_never_fills_a_window_and_hardly_leaves_
     arrivals = await saturated()
     for times in arrivals.values():
         assert check_window(times, REQUESTS, WINDOW) == 0
-    # The first window is filled at once, so there is one more of them than minutes.
+    # All at once at 0, 60, … 1,740 seconds: no strict window admits more before the half hour is over.
     possible = KEYS * REQUESTS * MINUTES
     assert sum(map(len, arrivals.values())) >= 0.98 * possible
 

@@ -311,10 +311,13 @@ class RateLimitMiddleware:
                     provider=call.provider,
                     call_id=call.id,
                     key_id=key.ref.id,
-                    model=call.model or key.model or "",
+                    model=self._model(call, key),
                     waited=waited,
                 )
             )
+
+    def _model(self, call: Call, key: PoolKey) -> str:
+        return call.model or key.model or self._pool.default_model or ""
 
     # -- the queues ----------------------------------------------------------------------------------------------
 
@@ -676,7 +679,7 @@ class _Permit:
         key, self._lease, self._reservation = await limiter._admit(call, self._cost)
         self._sent = False
         self.key = key.ref
-        self.model = call.model or key.model or limiter._pool.default_model or ""
+        self.model = limiter._model(call, key)
 
     def sent(self) -> None:
         self._sent = True
