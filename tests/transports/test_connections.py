@@ -33,8 +33,7 @@ async def test_a_connection_that_the_server_closed_between_requests_is_not_used_
 async def test_a_close_that_the_blocked_loop_has_not_seen_is_noticed_before_reuse() -> None:
     async with talking() as (transport, server):
         await ask(transport, server.url)
-        # Straight at the socket and with no turn of the loop before the next request: only the kernel knows.
-        server.peers[0].writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        server.peers[0].hang_up_unseen()
         assert transport.statistics()["idle"] == 1
         exchange = Exchange()
         assert await ask(transport, server.url, exchange) == b"ok"
@@ -46,7 +45,7 @@ async def test_prune_closes_only_what_the_server_has_closed() -> None:
     async with talking() as (transport, server):
         await asyncio.gather(*(ask(transport, server.url) for _ in range(3)))
         assert transport.statistics()["idle"] == 3
-        server.peers[1].writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        server.peers[1].hang_up_unseen()
         assert transport.prune() == 1
         await until(lambda: transport.statistics()["open"] == 2)
         assert transport.prune() == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import socket
 import ssl
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ async def test_a_close_that_the_blocked_loop_has_not_seen_is_noticed_under_tls_t
         await ask(transport, server.url)
         for _ in range(10):
             await asyncio.sleep(0)
-        server.peers[0].writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        server.peers[0].hang_up_unseen()
         exchange = Exchange()
         assert await ask(transport, server.url, exchange) == b"ok"
         assert exchange.reused is False

@@ -127,10 +127,10 @@ class Protocol(ResponseHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        assert isinstance(transport, asyncio.Transport)
+        assert self.transport is not None
         # From the first byte that the kernel does not take, so that resuming means: all of it was taken.
-        transport.set_write_buffer_limits(0)
-        channel = transport.get_extra_info("socket")
+        self.transport.set_write_buffer_limits(0)
+        channel = self.transport.get_extra_info("socket")
         self.readable = _watch(channel.fileno())
         channel.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for level, name, value in _KEEP_ALIVE:
