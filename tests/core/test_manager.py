@@ -175,10 +175,14 @@ async def test_a_call_that_would_be_repeated_is_not_repeated_after_close() -> No
     async with rig(lambda _: failure(500, retry_after="3"), config=config) as r:
         call = asyncio.create_task(r.client.complete(PROMPT))
         await r.clock.settle()
+        assert r.clock.timers > 0
         await r.manager.close()
-        await r.clock.advance(3.0)
-        with pytest.raises(LLMException):
+        await r.clock.settle()
+        assert call.done(), "who sleeps is not left sleeping"
+        assert r.clock.timers == 0
+        with pytest.raises(LLMException, match="closed") as caught:
             await call
+        assert not caught.value.retryable
         assert len(r.transport.requests) == 1
 
 

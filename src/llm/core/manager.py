@@ -13,6 +13,7 @@ import os
 import random as randomness
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +93,7 @@ class LLMManager:
         self.events = Events()
         """What happens in the calls' lives: ``manager.events.subscribe()``."""
         self._clock: Clock = clock if clock is not None else SystemClock()
+        self._backoff = _Backoff(self._clock)
         self._random = random
         self._store = store if store is not None else _store(settings.store, self._clock)
         self._closed = self._store_closed = False
@@ -214,6 +216,7 @@ class LLMManager:
             line.pool.refuse()
             line.limiter.close()
             line.endpoint.close()
+        self._backoff.end()
         for line in self._lines.values():
             await line.pool.close()
             await line.transport.close()
@@ -270,7 +273,7 @@ class LLMManager:
                     max_delay=chosen.retry.max_delay,
                     max_retry_after=chosen.retry.max_retry_after,
                 ),
-                clock=clock,
+                clock=self._backoff,
                 random=self._random,
                 events=self.events,
             )
@@ -327,6 +330,35 @@ class LLMManager:
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
         return status
+
+
+class _Backoff:
+    """The clock of the retry layer: whoever sleeps by it wakes when the manager is closed, and is refused then."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.now = clock.now
+        self.wall = clock.wall
+        self.call_at = clock.call_at
+        self._sleepers: set[asyncio.Future[None]] = set()
+
+    async def sleep(self, seconds: float) -> None:
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        timer = self.call_at(self.now() + seconds, partial(_wake, woken))
+        self._sleepers.add(woken)
+        try:
+            await woken
+        finally:
+            self._sleepers.discard(woken)
+            timer.cancel()
+
+    def end(self) -> None:
+        for sleeper in self._sleepers:
+            _wake(sleeper)
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 async def _refuse(call: Call) -> Reply:
