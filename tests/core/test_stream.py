@@ -137,11 +137,11 @@ async def test_the_error_in_the_read_that_brought_content_waits_for_its_reader()
 
 ENDINGS: dict[str, tuple[Any, type[LLMException] | None]] = {
     "whole": (END, None),
-    "cut": (lost(), LLMStreamInterruptedError),
+    "cut": (lost, LLMStreamInterruptedError),
     "no terminal": (b"", LLMStreamInterruptedError),
     "error": (IN_STREAM_ERROR, LLMOverloadedError),
     "poison": (b"data: {nonsense\n\n", LLMProtocolError),
-    "idle": (LLMTimeoutError("nothing came", phase="idle"), LLMStreamInterruptedError),
+    "idle": (lambda: LLMTimeoutError("nothing came", phase="idle"), LLMStreamInterruptedError),
 }
 
 
@@ -149,6 +149,7 @@ ENDINGS: dict[str, tuple[Any, type[LLMException] | None]] = {
 @given(cuts=st.lists(st.integers(0, 400), max_size=12))
 async def test_what_a_reader_sees_is_a_function_of_the_events(ending: str, cuts: list[int]) -> None:
     end, kind = ENDINGS[ending]
+    end = end() if callable(end) else end
     data = delta("Grüß ") + delta("dich, ") + delta("Welt")
     data += end if isinstance(end, bytes) else b""
     places = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
@@ -410,8 +411,7 @@ def no_collector() -> Iterator[None]:
 async def test_no_cycle_keeps_a_stream_alive(ending: str) -> None:
     clock = FakeClock()
     end = ENDINGS.get(ending, (math.inf, None))[0]
-    if isinstance(end, LLMException):
-        end = type(end)("again")
+    end = end() if callable(end) else end
     with no_collector():
         stream = opened(delta("hel"), end, clock=clock)
         body = weakref.ref(body_of(stream))
