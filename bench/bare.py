@@ -44,7 +44,8 @@ async def complete(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) 
     async with http.post(url, data=data, headers=HEADERS, allow_redirects=False) as response:
         reply = decode(await response.read())
     message, usage = reply.choices[0].message, reply.usage
-    assert message is not None and usage is not None
+    assert message is not None
+    assert usage is not None
     return message.content or "", usage.completion_tokens
 
 

@@ -54,7 +54,8 @@ class CannedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(10)
         self.process.stdout.close()
@@ -125,11 +126,13 @@ async def whole(base: CannedServer, rounds: int) -> dict[str, Any]:
 
         async def ours() -> None:
             response = await client.complete(PROMPT)
-            assert response.text and response.usage.output_tokens
+            assert response.text
+            assert response.usage.output_tokens
 
         async def theirs() -> None:
             text, tokens = await bare.complete(http, url, BODY)
-            assert text and tokens
+            assert text
+            assert tokens
 
         for concurrency, calls in ((1, 500), (64, 2560), (500, 4000)):
             costs = await interleaved(

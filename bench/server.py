@@ -47,7 +47,8 @@ REPLY = json.dumps(
 ).encode()
 
 HEADERS = (
-    b"date: Sun, 22 Nov 2026 10:00:00 GMT\r\nserver: cloudflare\r\nx-request-id: req_5f8a1c2e9b7d4f60a1b2c3d4e5f60718\r\n"
+    b"date: Sun, 22 Nov 2026 10:00:00 GMT\r\nserver: cloudflare\r\n"
+    b"x-request-id: req_5f8a1c2e9b7d4f60a1b2c3d4e5f60718\r\n"
     b"openai-organization: org-bench\r\nopenai-processing-ms: 412\r\nopenai-version: 2020-10-01\r\n"
     b"x-ratelimit-limit-requests: 10000\r\nx-ratelimit-limit-tokens: 30000000\r\n"
     b"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 29999970\r\n"

@@ -227,13 +227,15 @@ async def test_the_failed_response_is_not_kept_by_its_error() -> None:
         gc.collect()
         gc.disable()
         try:
+            # Other tests' tables hold errors of their own.
+            before = {id(thing) for thing in gc.get_objects() if isinstance(thing, HTTPResponse | LLMConnectionError)}
             response: HTTPResponse | None = await transport.send(post(server.url), Exchange())
             assert response is not None
             with pytest.raises(LLMConnectionError) as caught:
                 await response.read_some()
             assert caught.value.__context__ is None
             del caught, response
-            found = [thing for thing in gc.get_objects() if isinstance(thing, HTTPResponse | LLMConnectionError)]
-            assert found == []
+            after = {id(thing) for thing in gc.get_objects() if isinstance(thing, HTTPResponse | LLMConnectionError)}
+            assert after <= before
         finally:
             gc.enable()

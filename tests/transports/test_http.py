@@ -146,11 +146,14 @@ async def test_a_failed_request_is_not_kept_by_its_error() -> None:
         gc.collect()
         gc.disable()
         try:
+            # Other tests' tables hold errors of their own.
+            before = {id(thing) for thing in gc.get_objects() if isinstance(thing, Exchange | LLMConnectionError)}
             with pytest.raises(LLMConnectionError) as caught:
                 await transport.send(post(server.url), Exchange())
             assert caught.value.__context__ is None
             del caught
-            assert [thing for thing in gc.get_objects() if isinstance(thing, Exchange | LLMConnectionError)] == []
+            after = {id(thing) for thing in gc.get_objects() if isinstance(thing, Exchange | LLMConnectionError)}
+            assert after <= before
         finally:
             gc.enable()
 
