@@ -324,10 +324,15 @@ def test_a_forked_child_starts_afresh_and_leaves_the_parents_connections_alone()
         assert await ask(transport, url, exchange) == b"ok"
         return exchange
 
+    async def use_and_close(url: str) -> bool | None:
+        exchange = await use(url)
+        await transport.close()
+        return exchange.reused
+
     def child(url: str) -> None:
         code = 1
         try:
-            code = 0 if asyncio.run(use(url)).reused is False else 2
+            code = 0 if asyncio.run(use_and_close(url)) is False else 2
         finally:
             os._exit(code)
 
