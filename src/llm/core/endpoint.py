@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from msgspec.structs import replace
+from msgspec.structs import force_setattr
 
 from ..middleware.base import Call, Reply
 from ..providers.base import Provider
@@ -107,7 +107,8 @@ class Endpoint:
         if self._closed:
             raise LLMConnectionError("the manager is closed", provider=call.provider, retryable=False)
         key = self._pool.key(admission.key)
-        request = replace(call.request, model=admission.model)
+        asked = call.request
+        request = Request(asked.messages, admission.model, asked.options, asked.stream)
         exchange = Exchange(admission.sent)
         started = self._clock.now()
         try:
@@ -158,8 +159,10 @@ class Endpoint:
                 try:
                     key.headers = response.headers
                     if request.stream and 200 <= response.status < 300:
-                        return await self._stream(call, key, request, response, encoded.dropped)
-                    return await self._whole(key, request, response, encoded.dropped)
+                        stream = await self._stream(call, key, request, response, encoded.dropped)
+                        if stream is not None:
+                            return stream
+                    return self._whole(key, request, response, await response.read(), encoded.dropped)
                 except BaseException:
                     # A body that was read to its end keeps its connection all the same.
                     response.close()
@@ -173,32 +176,31 @@ class Endpoint:
             if deadline is not None:
                 deadline.cancel()
 
-    async def _whole(
-        self, key: Key, request: Request, response: TransportResponse, dropped: tuple[str, ...]
+    def _whole(
+        self, key: Key, request: Request, response: TransportResponse, body: bytes, dropped: tuple[str, ...]
     ) -> LLMResponse:
-        body = await response.read()
         status, headers = response.status, response.headers
         if not 200 <= status < 300:
             raise self._provider.classify(request, status, headers, body)
         answer = self._provider.decode(request, status, headers, body)
         if request.stream:
             raise LLMProtocolError("a stream was asked for, and a whole answer came", status=status)
-        answer = replace(
-            answer,
-            provider=key.ref.provider,
-            key_id=key.ref.id,
-            warnings=self._warn(request.model, dropped) if dropped else (),
-        )
+        # Nobody has seen the answer yet, so it may still be completed; a copy would cost more than decoding it.
+        force_setattr(answer, "provider", key.ref.provider)
+        force_setattr(answer, "key_id", key.ref.id)
+        if dropped:
+            force_setattr(answer, "warnings", self._warn(request.model, dropped))
         answer.__dict__["report"] = self._events.fault
         return answer
 
     async def _stream(
         self, call: Call, key: Key, request: Request, response: TransportResponse, dropped: tuple[str, ...]
-    ) -> Reply:
+    ) -> ResponseStream | None:
+        """The stream with its content in hand; None if what comes is no stream."""
         headers = response.headers
         if "json" in headers.get("content-type", "") and "event-stream" not in headers.get("content-type", ""):
             # Some gateways answer an error, or everything, as plain JSON under status 200.
-            return await self._whole(key, request, response, dropped)
+            return None
         stream = ResponseStream(
             response,
             self._provider.stream_decoder(request),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, TypedDict
 
 import msgspec
 
@@ -117,16 +117,17 @@ class ObservedLimits(msgspec.Struct, frozen=True):
     """Input and output together (OpenAI), or the most restrictive of Anthropic's limits."""
 
 
-class KeyRef(NamedTuple):
+class KeyRef(msgspec.Struct, frozen=True, gc=False):
     """A key by its place in the configuration. It is safe to log: it does not hold the key."""
 
     provider: str
     number: int
     """Counted from 1, as in the list ``api_keys``."""
+    id: str = ""
+    """Both in one word, as in ``anthropic/2``."""
 
-    @property
-    def id(self) -> str:
-        return f"{self.provider}/{self.number}"
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "id", f"{self.provider}/{self.number}")
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 from ..core.events import Events
@@ -168,17 +167,20 @@ Handler: TypeAlias = Callable[[Call], Awaitable[Reply]]
 
 
 class Middleware(Protocol):
-    """Wraps a handler: sees the call on its way down and the reply on its way up."""
+    """Wraps a handler: sees the call on its way down and the reply on its way up. Mostly a coroutine function."""
 
-    async def __call__(self, call: Call, handler: Handler, /) -> Reply: ...
+    def __call__(self, call: Call, handler: Handler, /) -> Awaitable[Reply]: ...
 
 
 def compose(middleware: Iterable[Middleware], handler: Handler) -> Handler:
     """One handler out of *handler* and the *middleware* around it, the first outermost."""
     for layer in reversed(tuple(middleware)):
-        handler = partial(_through, layer, handler)
+        handler = _around(layer, handler)
     return handler
 
 
-def _through(layer: Middleware, handler: Handler, call: Call) -> Awaitable[Reply]:
-    return layer(call, handler)
+def _around(layer: Middleware, handler: Handler) -> Handler:
+    def through(call: Call) -> Awaitable[Reply]:
+        return layer(call, handler)
+
+    return through

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable
 from functools import partial
 
 from ..core.events import AttemptFailed, CallQueued, Event, Events, KeyParked, KeyPaused, KeyRestored
@@ -58,22 +59,24 @@ class LoggingMiddleware:
             reply.on_settled(partial(self._record, call))
         return reply
 
-    async def attempts(self, call: Call, handler: Handler, /) -> Reply:
-        """The details of each attempt, at DEBUG."""
-        if not self._logger.isEnabledFor(logging.DEBUG):
-            return await handler(call)
+    def attempts(self, call: Call, handler: Handler, /) -> Awaitable[Reply]:
+        """The details of each attempt, at DEBUG; at any other level the layer is not there at all."""
+        if self._logger.isEnabledFor(logging.DEBUG):
+            return self._detailed(call, handler)
+        return handler(call)
+
+    async def _detailed(self, call: Call, handler: Handler) -> Reply:
         started = self._clock.now()
         self._debug_request(call)
         try:
             reply = await handler(call)
         except BaseException as error:
+            duration = self._clock.now() - started
             self._write(
                 logging.DEBUG,
-                "attempt failed after %.3f s: %s: %s",
-                self._clock.now() - started,
-                type(error).__name__,
-                str(error),
-                call=call,
+                "%s: attempt failed after %.3f s: %s: %s",
+                (call.id, duration, type(error).__name__, str(error)),
+                {"call_id": call.id, "duration": duration},
             )
             raise
         self._debug_reply(call, reply, self._clock.now() - started)
@@ -85,32 +88,34 @@ class LoggingMiddleware:
         error = settlement.error
         duration = self._clock.now() - call.started
         admission = call.admission
+        if admission is None:
+            model, key_id = call.model, None
+        else:
+            model, key_id = admission.model, admission.key.id
+        attempts = len(call.attempts)
         facts: dict[str, object] = {
+            "call_id": call.id,
             "provider": call.provider,
-            "model": call.model or (admission.model if admission is not None else None),
-            "key_id": admission.key.id if admission is not None else None,
+            "model": model,
+            "key_id": key_id,
             "stream": call.request.stream,
-            "attempts": len(call.attempts),
+            "attempts": attempts,
             "duration": duration,
             "queued": call.queued,
         }
         if error is None:
             usage = settlement.usage or NO_USAGE
-            facts["input_tokens"] = usage.input_tokens
-            facts["output_tokens"] = usage.output_tokens
+            tokens_in, tokens_out = usage.input_tokens, usage.output_tokens
+            facts["input_tokens"] = tokens_in
+            facts["output_tokens"] = tokens_out
             self._write(
                 logging.INFO,
-                "answered by %s in %.3f s (%d tokens in, %d out, %d attempts)",
-                facts["model"],
-                duration,
-                usage.input_tokens,
-                usage.output_tokens,
-                len(call.attempts),
-                call=call,
-                **facts,
+                "%s: answered by %s in %.3f s (%d tokens in, %d out, %d attempts)",
+                (call.id, model, duration, tokens_in, tokens_out, attempts),
+                facts,
             )
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt)):
-            self._write(logging.INFO, "given up by the caller after %.3f s", duration, call=call, **facts)
+            self._write(logging.INFO, "%s: given up by the caller after %.3f s", (call.id, duration), facts)
         else:
             facts["error"] = type(error).__name__
             if isinstance(error, LLMException):
@@ -120,13 +125,9 @@ class LoggingMiddleware:
             # As text: a handler may keep its records, and an exception would keep the call with its prompt.
             self._write(
                 logging.ERROR,
-                "failed after %.3f s and %d attempts: %s: %s",
-                duration,
-                len(call.attempts),
-                type(error).__name__,
-                str(error),
-                call=call,
-                **facts,
+                "%s: failed after %.3f s and %d attempts: %s: %s",
+                (call.id, duration, attempts, type(error).__name__, str(error)),
+                facts,
             )
 
     def _on_event(self, event: Event) -> None:
@@ -153,46 +154,54 @@ class LoggingMiddleware:
     def _debug_request(self, call: Call) -> None:
         request = call.request
         admission = call.admission
+        model = admission.model if admission is not None else call.model
+        attempt = len(call.attempts) + 1
         facts: dict[str, object] = {
+            "call_id": call.id,
             "provider": call.provider,
-            "model": admission.model if admission is not None else call.model,
+            "model": model,
             "key_id": admission.key.id if admission is not None else None,
-            "attempt": len(call.attempts) + 1,
+            "attempt": attempt,
         }
         if self._content:
             facts["messages"] = [{"role": str(m.role), "content": m.content} for m in request.messages]
         self._write(
             logging.DEBUG,
-            "attempt %d: %d messages to %s",
-            len(call.attempts) + 1,
-            len(request.messages),
-            facts["model"],
-            call=call,
-            **facts,
+            "%s: attempt %d: %d messages to %s",
+            (call.id, attempt, len(request.messages), model),
+            facts,
         )
 
     def _debug_reply(self, call: Call, reply: Reply, duration: float) -> None:
-        facts: dict[str, object] = {"duration": duration, "request_id": reply.request_id, "key_id": reply.key_id}
+        facts: dict[str, object] = {
+            "call_id": call.id,
+            "duration": duration,
+            "request_id": reply.request_id,
+            "key_id": reply.key_id,
+        }
         if type(reply) is LLMResponse:
             facts["stop_reason"] = str(reply.stop_reason)
             if self._content:
                 facts["text"] = reply.text
         what = "answer" if type(reply) is LLMResponse else "first content"
-        self._write(logging.DEBUG, "%s after %.3f s", what, duration, call=call, **facts)
+        self._write(logging.DEBUG, "%s: %s after %.3f s", (call.id, what, duration), facts)
 
     def _debug_end(self, call: Call, stream: ResponseStream, started: float, settlement: Settlement) -> None:
         error = settlement.error
-        facts: dict[str, object] = {"duration": self._clock.now() - started, "stop_reason": str(stream.stop_reason)}
+        duration = self._clock.now() - started
+        facts: dict[str, object] = {
+            "call_id": call.id,
+            "duration": duration,
+            "stop_reason": str(stream.stop_reason),
+        }
         if self._content:
             facts["text"] = stream.text
         what = "whole" if error is None else f"ended early by {type(error).__name__}"
-        self._write(logging.DEBUG, "stream %s after %.3f s", what, facts["duration"], call=call, **facts)
+        self._write(logging.DEBUG, "%s: stream %s after %.3f s", (call.id, what, duration), facts)
 
-    def _write(self, level: int, message: str, *args: object, call: Call, **facts: object) -> None:
-        if not self._logger.isEnabledFor(level):
-            return
-        facts["call_id"] = call.id
-        try:
-            self._logger.log(level, "%s: " + message, call.id, *args, extra=facts)
-        except Exception as error:
-            self._events.fault("logging", error)
+    def _write(self, level: int, message: str, args: tuple[object, ...], facts: dict[str, object]) -> None:
+        if self._logger.isEnabledFor(level):
+            try:
+                self._logger.log(level, message, *args, extra=facts)
+            except Exception as error:
+                self._events.fault("logging", error)

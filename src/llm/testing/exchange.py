@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import msgspec
 from aiohttp import web
 
-from .faults import Strike
+from .faults import BODIES, Strike
 from .journal import Arrival
 from .wire import Answer, Dialect, Problem, Stop, text_of, tokenize
 from .wire_anthropic import AnthropicWire
@@ -27,8 +27,8 @@ OPENAI: Dialect = OpenAIWire()
 GENERATES: Mapping[str, Dialect] = {"/v1/messages": ANTHROPIC, "/v1/chat/completions": OPENAI}
 MODELS = "/v1/models"
 DEFAULT_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "gpt-6.1-sol", "gpt-6-luna")
-PROXY_PAGE = b"<html><head><title>%d</title></head><body><center><h1>%d</h1></center></body></html>\r\n"
 JSON = "application/json"
+NOTHING = Problem(500, "", "")
 
 
 class Verdict(NamedTuple):
@@ -58,17 +58,25 @@ class Exchange:
         self._write_down(msgspec.json.encode(self.arrival))
         if isinstance(verdict, web.Response):
             return verdict
+        if isinstance(verdict, Strike):
+            return await self._fail(verdict)
         strike, answer = verdict.strike, verdict.answer
         if strike is not None and strike.fault.at == "start":
             await self._strike(strike)
             if strike.fault.act == "answer":
-                return self._fail(strike)
+                return await self._fail(strike)
         if answer is None:
             return self._list_models()
         latency = self._latency()
         if latency > 0:
             await asyncio.sleep(latency)
         return await (self._stream if self.arrival.stream else self._complete)(answer, strike)
+
+    def give_up(self) -> None:
+        """Write down a request that did not come in full."""
+        self.arrival.received = False
+        self._write_down(msgspec.json.encode(self.arrival))
+        self.finish()
 
     def finish(self) -> None:
         """Close the journal's entry."""
@@ -86,8 +94,8 @@ class Exchange:
 
     # -- decisions -----------------------------------------------------------------------------------------------
 
-    def _decide(self, raw: bytes) -> web.Response | Verdict:
-        """Refuse the request, or take its share of the windows and say what it will get."""
+    def _decide(self, raw: bytes) -> web.Response | Strike | Verdict:
+        """Refuse the request, be it by a fault, or take its share of the windows and say what it will get."""
         arrival, settings = self.arrival, self._simulator.settings
         problem, body = self._examine(raw)
         if body is not None:
@@ -111,9 +119,9 @@ class Exchange:
                 wait, dimension = self.account.wait(*need, arrival.time)
             return self._refuse(self.dialect.refused(dimension), wait)
         strike = self._draw(generates=True)
-        if strike is not None and strike.fault.status is not None and strike.fault.status < 500:
+        if strike is not None and 400 <= (strike.fault.status or 0) < 500:
             self._count_refusal()
-            return self._fail(strike)
+            return strike
         arrival.admitted = True
         self.account.admit(*need, arrival.time)
         return Verdict(answer, strike)
@@ -222,15 +230,39 @@ class Exchange:
         self.account.reject(self.arrival.time)
         return True
 
-    def _fail(self, strike: Strike) -> web.Response:
+    async def _fail(self, strike: Strike) -> web.StreamResponse:
         """The answer of a fault that is one."""
         fault = strike.fault
         status = fault.status or 500
-        if fault.problem is None:
-            self.arrival.status = status
-            return web.Response(status=status, body=PROXY_PAGE % (status, status), content_type="text/html")
-        problem = msgspec.structs.replace(self.dialect.problems[fault.problem], status=status)
-        return self._refuse(problem, strike.seconds if fault.retry_after else None)
+        self.arrival.status = status
+        headers: dict[str, str] = {}
+        said = b""
+        if fault.problem is not None:
+            said = self.dialect.error(self.dialect.problems[fault.problem], self.request_id)
+            headers = self._headers() | self._retry_after(strike)
+        headers |= {f"x-padding-{i}": "x" * 1000 for i in range(fault.padding // 1000)}
+        response = web.StreamResponse(status=status, headers=headers)
+        response.content_type = JSON if fault.problem is not None else "text/html"
+        if fault.body == "bomb":
+            response.headers["content-encoding"] = "gzip"
+        pieces = BODIES[fault.body](status, said, strike.size)
+        if fault.body in ("problem", "page", "empty", "array"):
+            pieces = list(pieces)
+            response.content_length = sum(map(len, pieces))
+        await response.prepare(self._request)
+        for piece in pieces:
+            await response.write(piece)
+        await response.write_eof()
+        return response
+
+    def _retry_after(self, strike: Strike) -> dict[str, str]:
+        said = strike.fault.retry_after
+        if said is None:
+            return {}
+        if said != "seconds":
+            return {"retry-after": said}
+        self.arrival.retry_after = strike.seconds
+        return self.dialect.retry_after(strike.seconds)
 
     def _list_models(self) -> web.Response:
         known = tuple(self._simulator.settings.models or DEFAULT_MODELS)
@@ -248,24 +280,31 @@ class Exchange:
         self._produce(len(answer.tokens))
         self.arrival.status = 200
         body = self.dialect.complete(answer)
-        if strike is not None and strike.fault.at == "middle":
+        headers = self._headers() | {"content-length": str(len(body))}
+        response = web.StreamResponse(headers=headers)
+        response.content_type = JSON
+        if strike is None:
+            return web.Response(body=body, headers=self._headers(), content_type=JSON)
+        await response.prepare(self._request)
+        if strike.fault.at == "middle":
             half = len(body) // 2
-            response = web.StreamResponse(headers=self._headers() | {"content-length": str(len(body))})
-            response.content_type = JSON
-            await response.prepare(self._request)
             await response.write(body[:half])
             await self._strike(strike)
-            await response.write(body[half:])
-            await response.write_eof()
-            return response
-        return web.Response(body=body, headers=self._headers(), content_type=JSON)
+            if strike.fault.act == "drip":
+                await self._drip(response, body[half:], strike)
+            else:
+                await response.write(body[half:])
+        else:
+            await response.write(body)
+        await self._end(response, strike)
+        return response
 
     async def _stream(self, answer: Answer, strike: Strike | None) -> web.StreamResponse:
         settings = self._simulator.settings
-        fault = strike.fault if strike is not None else None
+        act = strike.fault.act if strike is not None else None
         at = -1
-        if strike is not None and fault is not None and fault.at == "middle":
-            at = min(strike.deltas, len(answer.tokens))
+        if strike is not None and strike.fault.at in ("first", "middle"):
+            at = 0 if strike.fault.at == "first" else min(strike.deltas, len(answer.tokens))
         opening, deltas, closing, terminal = self.dialect.stream(answer)
         response = web.StreamResponse(headers=self._headers() | {"cache-control": "no-cache"})
         response.content_type = "text/event-stream"
@@ -278,17 +317,26 @@ class Exchange:
         begun = loop.time()
         unpaid = 0
         for index in range(len(deltas) + 1):
-            if index == at and strike is not None and fault is not None:
+            if index == at and strike is not None:
                 self._produce(unpaid)
                 unpaid = 0
                 if pending:
                     await response.write(b"".join(pending))
                     pending.clear()
-                if fault.act == "error":
-                    problem = self.dialect.problems[fault.problem or "server_error"]
+                if act == "error":
+                    problem = self.dialect.problems[strike.fault.problem or "server_error"]
                     await response.write(self.dialect.error_event(problem, self.request_id))
                     await response.write_eof()
                     return response
+                if act == "drip":
+                    self._produce(len(deltas) - index)
+                    await self._drip(response, b"".join([*deltas[index:], closing, terminal]), strike)
+                    await response.write_eof()
+                    return response
+                if act == "malform":
+                    # Without its last brace the event is no JSON.
+                    event = deltas[index] if index < len(deltas) else self.dialect.error_event(NOTHING, "")
+                    await response.write(event.rstrip()[:-1] + b"\n\n")
                 await self._strike(strike)
             if index == len(deltas):
                 break
@@ -304,11 +352,24 @@ class Exchange:
                 await response.write(deltas[index])
         self._produce(unpaid)
         pending.append(closing)
-        if fault is None or fault.act != "omit":
+        if act != "omit":
             pending.append(terminal)
         await response.write(b"".join(pending))
-        await response.write_eof()
+        await self._end(response, strike)
         return response
+
+    async def _drip(self, response: web.StreamResponse, data: bytes, strike: Strike) -> None:
+        for i in range(len(data)):
+            await asyncio.sleep(strike.seconds)
+            await response.write(data[i : i + 1])
+
+    async def _end(self, response: web.StreamResponse, strike: Strike | None) -> None:
+        """End a whole answer, and maybe the connection that the client believes it keeps."""
+        await response.write_eof()
+        if strike is not None and strike.fault.at == "end" and strike.fault.act == "close":
+            self.arrival.finished = self._clock()
+            if self._request.transport is not None:
+                self._request.transport.close()
 
     def _produce(self, tokens: int) -> None:
         if not tokens:
@@ -330,7 +391,7 @@ class Exchange:
                 await self._hang_up(rudely=False)
             case "hang":
                 await asyncio.get_running_loop().create_future()
-            case "answer" | "error" | "omit":
+            case "answer" | "drip" | "error" | "malform" | "omit":
                 pass
 
     async def _hang_up(self, *, rudely: bool) -> NoReturn:

@@ -33,6 +33,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     stream: bool = False
     input_tokens: int = 0
     body: Any = None
+    received: bool = True  # all of it; a part cannot have been answered, so it counts for nothing
 
     admitted: bool = False  # it took its share of the windows
     status: int | None = None  # None: no status line was sent (yet)
@@ -71,7 +72,7 @@ def usage_events(
     """The journal of one key as (time, amount) pairs: input at arrival, output as it was produced."""
     events: list[tuple[float, int]] = []
     for arrival in journal:
-        if arrival.key != key or not (arrival.admitted or rejected):
+        if arrival.key != key or not arrival.received or not (arrival.admitted or rejected):
             continue
         match dimension:
             case "requests":

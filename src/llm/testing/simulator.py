@@ -5,7 +5,8 @@ It is the judge of everything else here, so it uses nothing of the package. A re
     key → body → due fault? → windows → reply
 
 Everything that decides runs synchronously once the body has been read; an arrival, its admission and its place in the
-journal therefore share one instant. A request whose body never came in full is not an arrival.
+journal therefore share one instant. A request whose body never came in full is in the journal as not received, and no
+more becomes of it.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, Self
 
 import msgspec
 from aiohttp import web
 
-from .exchange import ANTHROPIC, GENERATES, OPENAI, PROXY_PAGE, Exchange
-from .faults import FaultPlan, Strike
+from .exchange import ANTHROPIC, GENERATES, OPENAI, Exchange
+from .faults import MEGABYTE, PROXY_PAGE, Chances, FaultPlan, Script, Strike
 from .journal import Arrival
 from .window import Account, Limits
 from .wire import count_input
@@ -61,11 +62,15 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     reply_words: int | None = None  # the echo is repeated or cut to this many words
     count_input: Callable[[Mapping[str, Any]], int] = count_input
 
-    script: Sequence[str | None] | Mapping[str, Sequence[str | None]] = ()  # one entry a request, maybe by key
-    faults: Mapping[str, float] = {}  # probability by fault
+    # One entry a request, and a probability by fault: for all, or by key or path ("*" for all others).
+    script: Script | Mapping[str, Script] = ()
+    faults: Chances | Mapping[str, Chances] = {}
     fault_deltas: int = 2  # deltas sent before a fault in the middle of a stream
-    fault_seconds: float = 1.0  # the pause of slow_first_byte and pause, and the retry-after of a 429 by fault
+    fault_seconds: float = 1.0  # the pause of a fault that waits, the retry-after of a 429 by fault, a drip's interval
+    fault_bytes: int = 10 * MEGABYTE  # size of an oversized body, and of a gzip bomb once it is unpacked
     seed: int = 0
+
+    stalled_port: int | None = None  # a second port, which accepts and never answers; 0: any free one, None: none
 
     keep_bodies: bool = True  # in the journal; False saves memory under load
     keep_journal: bool = True  # in memory; False where `record` keeps it
@@ -93,6 +98,8 @@ class Simulator:
         self.spend_limited = set(settings.spend_limited)
         self.unpaid = set(settings.unpaid)
         self.port = settings.port
+        self.stalled_port = settings.stalled_port
+        self.stalled: set[asyncio.Transport] = set()  # the connections that are open there
         self.clock = clock or time.monotonic
         self.random = random or _seeded(settings.seed)
         self.record = record
@@ -101,13 +108,11 @@ class Simulator:
         self._sequence = 0
         self._runner: web.ServerRunner | None = None
         self._server: web.Server | None = None
-        self.plan = FaultPlan(
-            script=settings.script,
-            chances=settings.faults,
-            deltas=settings.fault_deltas,
-            seconds=settings.fault_seconds,
-            random=self.random,
+        self._stalled: asyncio.Server | None = None
+        self._usual = Strike(
+            name="", deltas=settings.fault_deltas, seconds=settings.fault_seconds, size=settings.fault_bytes
         )
+        self.plan = FaultPlan(script=settings.script, chances=settings.faults, usual=self._usual, random=self.random)
 
     def __repr__(self) -> str:
         state = "listening" if self._runner is not None else "closed"
@@ -129,6 +134,11 @@ class Simulator:
         try:
             site = web.TCPSite(self._runner, self.settings.host, self.settings.port, backlog=4096)
             await site.start()
+            if self.stalled_port is not None:
+                loop = asyncio.get_running_loop()
+                host, port = self.settings.host, self.settings.stalled_port
+                self._stalled = await loop.create_server(lambda: _Silence(self.stalled), host, port, backlog=4096)
+                self.stalled_port = self._stalled.sockets[0].getsockname()[1]
         except BaseException:
             await self._runner.cleanup()
             self._runner = self._server = None
@@ -137,8 +147,13 @@ class Simulator:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        runner, server = self._runner, self._server
-        self._runner = self._server = None
+        runner, server, stalled = self._runner, self._server, self._stalled
+        self._runner = self._server = self._stalled = None
+        if stalled is not None:
+            stalled.close()
+            for transport in list(self.stalled):
+                transport.abort()
+            await stalled.wait_closed()
         if runner is None or server is None:
             return
         for site in list(runner.sites):
@@ -151,8 +166,11 @@ class Simulator:
     @property
     def url(self) -> str:
         """Where it listens, without a path: Anthropic's base URL. OpenAI's is this plus ``/v1``."""
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
-        return f"http://{host}:{self.port}"
+        return f"http://{self._host}:{self.port}"
+
+    @property
+    def _host(self) -> str:
+        return f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
 
     @property
     def anthropic_url(self) -> str:
@@ -161,6 +179,13 @@ class Simulator:
     @property
     def openai_url(self) -> str:
         return self.url + "/v1"
+
+    @property
+    def stalled_url(self) -> str:
+        """Where a TLS handshake is accepted and never answered; only with the setting ``stalled_port``."""
+        if self.stalled_port is None:
+            raise RuntimeError("this simulator has no stalled port; set stalled_port=0")
+        return f"https://{self._host}:{self.stalled_port}"
 
     # -- orders --------------------------------------------------------------------------------------------------
 
@@ -173,22 +198,16 @@ class Simulator:
         path: str | None = None,
         deltas: int | None = None,
         seconds: float | None = None,
+        size: int | None = None,
     ) -> None:
         """Let the next *times* requests (None: all until `heal`) meet the fault *kind*, a name in `FAULTS`.
 
-        *key* and *path* narrow it; *deltas* and *seconds* override the settings' ``fault_deltas`` and
-        ``fault_seconds``.
+        *key* and *path* narrow it; *deltas*, *seconds* and *size* override the settings' ``fault_deltas``,
+        ``fault_seconds`` and ``fault_bytes``.
         """
-        self.plan.fail(
-            Strike(
-                name=kind,
-                times=times,
-                key=key,
-                path=path,
-                deltas=self.settings.fault_deltas if deltas is None else deltas,
-                seconds=self.settings.fault_seconds if seconds is None else seconds,
-            )
-        )
+        particulars: dict[str, Any] = {"deltas": deltas, "seconds": seconds, "size": size}
+        given = {name: value for name, value in particulars.items() if value is not None}
+        self.plan.fail(msgspec.structs.replace(self._usual, name=kind, times=times, key=key, path=path, **given))
 
     def heal(self) -> None:
         """Forget every fault, ordered, scripted or left to chance. Revoked keys stay revoked."""
@@ -215,8 +234,16 @@ class Simulator:
         try:
             raw = await request.read()
         except web.HTTPRequestEntityTooLarge:
+            exchange = self._arrive(request)
+            exchange.arrival.status = 413
+            exchange.give_up()
             return web.Response(status=413, body=PROXY_PAGE % (413, 413), content_type="text/html")
-        exchange = self._arrive(request, raw)
+        except (asyncio.CancelledError, ConnectionError, web.RequestPayloadError):
+            exchange = self._arrive(request)
+            exchange.arrival.disconnected = True
+            exchange.give_up()
+            raise
+        exchange = self._arrive(request)
         try:
             return await exchange.answer(raw)
         except (asyncio.CancelledError, ConnectionError):
@@ -226,7 +253,7 @@ class Simulator:
         finally:
             exchange.finish()
 
-    def _arrive(self, request: web.BaseRequest, raw: bytes) -> Exchange:
+    def _arrive(self, request: web.BaseRequest) -> Exchange:
         headers = request.headers
         path = request.path
         dialect = GENERATES.get(path) or (ANTHROPIC if "anthropic-version" in headers else OPENAI)
@@ -249,6 +276,23 @@ class Simulator:
         if self.settings.keep_journal:
             self.journal.append(arrival)
         return Exchange(self, request, dialect, arrival)
+
+
+class _Silence(asyncio.Protocol):
+    """A connection that hears and says nothing."""
+
+    def __init__(self, open_ones: set[asyncio.Transport]) -> None:
+        self._open_ones = open_ones
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._open_ones.add(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._transport is not None:
+            self._open_ones.discard(self._transport)
 
 
 def _seeded(seed: int) -> random.Random:
