@@ -3,10 +3,12 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-long bench coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
+# Which one `make test-python` adds.
+VERSION ?= 3.13
 BIN := .venv/bin
 # Only what is there: examples and benches are checked as soon as they exist.
 CODE := $(wildcard src tests examples bench)
@@ -39,6 +41,28 @@ layers: setup
 unit: setup  ## the tests alone
 	$(BIN)/python -m pytest
 
+test-uvloop: setup  ## the tests on uvloop in place of the standard event loop
+	$(BIN)/python -m pytest --loop uvloop
+
+# Beside the usual .venv, and without what does not depend on the interpreter. A version manager's shim runs when told
+# its version, so that is tried too.
+test-python:  ## the tests on another interpreter, in a .venv of its own: make test-python VERSION=3.13
+	@set -e; \
+	python=python$(VERSION); \
+	if ! "$$python" -c '' >/dev/null 2>&1; then \
+	  PYENV_VERSION=$$(pyenv latest "$(VERSION)" 2>/dev/null) || { echo "There is no Python $(VERSION) here."; exit 3; }; \
+	  export PYENV_VERSION; \
+	fi; \
+	other=.venv-$(VERSION); \
+	if ! [ $$other/.ready -nt requirements/dev.txt ]; then \
+	  echo "Making $$other ..."; \
+	  "$$python" -m venv --clear $$other; \
+	  $$other/bin/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt; \
+	  $$other/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+	  touch $$other/.ready; \
+	fi; \
+	$$other/bin/python -m pytest -p no:cacheprovider
+
 test-long: setup  ## the tests that take minutes of wall clock
 	$(BIN)/python -m pytest -m long --timeout 600; status=$$?; [ $$status -eq 5 ] && exit 0; exit $$status
 
@@ -67,7 +91,7 @@ requirements:  ## pin requirements/dev.in anew, with hashes
 	  --output-file dev.txt dev.in
 
 clean:  ## remove .venv and all that was made
-	rm -rf .venv .tools build dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* .tools build dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # ---------------------------------------------------------------- set-up

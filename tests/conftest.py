@@ -1,7 +1,8 @@
 """What holds for every test: nothing blocks the event loop, nothing is skipped unseen, CI leaves nothing to chance."""
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -71,6 +72,27 @@ class SkipWatch:
                 terminalreporter.write_line(f"skipped: {test} ({self.allowed[test.partition('[')[0]]})")
 
 
+class OtherLoop:
+    """Runs every coroutine test on another kind of event loop; `asyncio.run` in a test keeps the standard one."""
+
+    def __init__(self, name: str, factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.factories = {name: factory}
+
+    def pytest_asyncio_loop_factories(self) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+        return self.factories
+
+    def pytest_report_header(self) -> str:
+        return f"event loop: {', '.join(self.factories)}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--loop", choices=["asyncio", "uvloop"], default="asyncio", help="the kind of event loop")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--loop") == "uvloop":
+        import uvloop
+
+        config.pluginmanager.register(OtherLoop("uvloop", uvloop.new_event_loop), "other-loop")
     allowed = allowed_skips((HERE / "allowed_skips.txt").read_text(encoding="utf-8"))
     config.pluginmanager.register(SkipWatch(allowed), "skip-watch")
