@@ -58,7 +58,7 @@ def _add_simulate(commands: Subparsers) -> None:
             "  OpenAI      http://HOST:PORT/v1\n\n"
             "example:\n"
             f"  {PROGRAM} simulate --port 8080 --requests-per-minute 50 --latency 0.4:0.3 --tokens-per-second 80 \\\n"
-            "      --fault 529:0.05 --fault cut_stream:0.01"
+            "      --fault 529:0.05 --fault cut_stream:0.01 --fault 429:0.5@my-second-key --script ok,500,reset"
         ),
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
@@ -106,11 +106,33 @@ def _add_simulate(commands: Subparsers) -> None:
         action="append",
         type=fault,
         default=[],
-        metavar="KIND:PROBABILITY",
-        help="let requests fail by chance (repeatable); an unknown KIND lists the known ones",
+        metavar="KIND:PROBABILITY[@WHOM]",
+        help="let requests fail by chance (repeatable); WHOM is a key or a path, else all that have no faults of their "
+        "own; an unknown KIND lists the known ones",
     )
     trouble.add_argument(
-        "--fault-seconds", type=number, default=1.0, metavar="S", help="how long a fault that waits does so"
+        "--script",
+        action="append",
+        type=script,
+        default=[],
+        metavar="KIND,KIND,...[@WHOM]",
+        help="what meets the first requests, one after the other; 'ok' is an answer",
+    )
+    trouble.add_argument(
+        "--fault-seconds",
+        type=number,
+        default=1.0,
+        metavar="S",
+        help="how long a fault that waits does so, and between two bytes of a slow drip (default: %(default)s)",
+    )
+    trouble.add_argument(
+        "--fault-deltas", type=count, default=2, metavar="N", help="deltas before a stream breaks (default: 2)"
+    )
+    trouble.add_argument(
+        "--fault-bytes", type=count, metavar="N", help="size of an oversized body or unpacked bomb (default: 10 MB)"
+    )
+    trouble.add_argument(
+        "--stalled-port", type=port, metavar="PORT", help="accept connections there too, and never say a word; 0: any"
     )
     trouble.add_argument("--seed", type=int, default=0, help="of the chances (default: %(default)s)")
 
@@ -123,14 +145,20 @@ def _add_simulate(commands: Subparsers) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    from .testing.faults import FAULTS
+    from .testing.faults import FAULTS, MEGABYTE
     from .testing.simulator import SimulatorSettings
     from .testing.window import Limits
 
-    chances = dict(arguments.fault)
-    unknown = [name for name in chances if name not in FAULTS]
-    if unknown:
-        return _complain("simulate", f"--fault: unknown kind {unknown[0]!r}; known are {', '.join(FAULTS)}")
+    chances: dict[str, dict[str, float]] = {}
+    for kind, chance, whom in arguments.fault:
+        chances.setdefault(whom, {})[kind] = chance
+    scripts: dict[str, list[str | None]] = {}
+    for kinds, whom in arguments.script:
+        scripts.setdefault(whom, []).extend(kinds)
+    for option, asked in (("--fault", chances.values()), ("--script", scripts.values())):
+        unknown = [kind for kinds in asked for kind in kinds if kind is not None and kind not in FAULTS]
+        if unknown:
+            return _complain("simulate", f"{option}: unknown kind {unknown[0]!r}; known are {', '.join(FAULTS)}")
     settings = SimulatorSettings(
         host=arguments.host,
         port=arguments.port,
@@ -149,7 +177,11 @@ def _simulate(arguments: argparse.Namespace) -> int:
         burst=arguments.burst,
         reply_words=arguments.reply_words,
         faults=chances,
+        script=scripts,
         fault_seconds=arguments.fault_seconds,
+        fault_deltas=arguments.fault_deltas,
+        fault_bytes=10 * MEGABYTE if arguments.fault_bytes is None else arguments.fault_bytes,
+        stalled_port=arguments.stalled_port,
         seed=arguments.seed,
         keep_bodies=not arguments.no_bodies,
         keep_journal=False,
@@ -181,6 +213,8 @@ async def _serve(settings: SimulatorSettings, *, journal: str | None, end_with_s
     try:
         async with Simulator(settings, record=file.write if file is not None else None) as simulator:
             print(f"listening on {simulator.url}", flush=True)
+            if settings.stalled_port is not None:
+                print(f"stalling on {simulator.stalled_url}", flush=True)
             if end_with_stdin:
                 loop.add_reader(sys.stdin.fileno(), _read_stdin, ended)
             await ended.wait()
@@ -237,11 +271,24 @@ def latency(text: str) -> float | tuple[float, float]:
     return (number(median), number(spread)) if colon else number(median)
 
 
-def fault(text: str) -> tuple[str, float]:
-    kind, colon, chance = text.rpartition(":")
+def count(text: str) -> int:
+    found = int(text)
+    if found < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return found
+
+
+def fault(text: str) -> tuple[str, float, str]:
+    what, _, whom = text.partition("@")
+    kind, colon, chance = what.rpartition(":")
     if not colon or not 0 <= float(chance) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:PROBABILITY with a probability between 0 and 1")
-    return kind, float(chance)
+        raise argparse.ArgumentTypeError(f"{text!r} is not KIND:PROBABILITY[@WHOM] with a probability between 0 and 1")
+    return kind, float(chance), whom or "*"
+
+
+def script(text: str) -> tuple[list[str | None], str]:
+    kinds, _, whom = text.partition("@")
+    return [None if kind == "ok" else kind for kind in kinds.split(",")], whom or "*"
 
 
 COMMANDS: tuple[Callable[[Subparsers], None], ...] = (_add_simulate,)

@@ -200,8 +200,13 @@ class LoggingMiddleware:
         self._write(logging.DEBUG, "%s: stream %s after %.3f s", (call.id, what, duration), facts)
 
     def _write(self, level: int, message: str, args: tuple[object, ...], facts: dict[str, object]) -> None:
-        if self._logger.isEnabledFor(level):
+        logger = self._logger
+        if logger.isEnabledFor(level):
             try:
-                self._logger.log(level, message, *args, extra=facts)
+                # What Logger.log does, without looking for its caller, who is always here, and without asking of each
+                # fact whether a record has it already: ours have names of their own.
+                record = logger.makeRecord(logger.name, level, __file__, 0, message, args, None)
+                record.__dict__.update(facts)
+                logger.handle(record)
             except Exception as error:
                 self._events.fault("logging", error)

@@ -21,6 +21,9 @@ MAX_NAMES = 1000
 """Models, keys and error classes counted apart; what comes later is counted under ``other``."""
 
 
+NO_USAGE = Usage()
+
+
 class _Sum:
     """Calls and tokens of one model or one key."""
 
@@ -31,6 +34,12 @@ class _Sum:
         self.failed = 0
         self.input = 0
         self.output = 0
+
+    def add(self, usage: Usage, failed: bool) -> None:
+        self.attempts += 1
+        self.failed += failed
+        self.input += usage.input_tokens
+        self.output += usage.output_tokens
 
     def show(self) -> dict[str, int]:
         return {"attempts": self.attempts, "failed": self.failed, "input": self.input, "output": self.output}
@@ -141,17 +150,17 @@ class MetricsMiddleware:
 
     def _end_attempt(self, call: Call, settlement: Settlement) -> None:
         admission = call.admission
-        usage = settlement.usage or Usage()
+        usage = settlement.usage or NO_USAGE
         self._input += usage.input_tokens
         self._output += usage.output_tokens
         if admission is not None:
-            for table, name in ((self._models, admission.model), (self._keys, admission.key.id)):
-                total = table.get(name)
-                if total is None:
-                    if len(table) >= MAX_NAMES:
-                        name = "other"
-                    total = table.setdefault(name, _Sum())
-                total.attempts += 1
-                total.failed += settlement.error is not None
-                total.input += usage.input_tokens
-                total.output += usage.output_tokens
+            failed = settlement.error is not None
+            _sum(self._models, admission.model).add(usage, failed)
+            _sum(self._keys, admission.key.id).add(usage, failed)
+
+
+def _sum(table: dict[str, _Sum], name: str) -> _Sum:
+    found = table.get(name)
+    if found is None:
+        found = table.setdefault(name if len(table) < MAX_NAMES else "other", _Sum())
+    return found

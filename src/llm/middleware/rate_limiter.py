@@ -113,7 +113,7 @@ class RateLimitMiddleware:
         self._guard = guard
         self._acquire_timeout = acquire_timeout
         self._estimate = estimate
-        self._ledgers: dict[KeyRef, Ledger] = {}
+        self._ledgers: dict[PoolKey, Ledger] = {}
         self._queues: dict[tuple[PoolKey, ...], _Queue] = {}
         self._waiting = 0
         self._left = 0
@@ -150,10 +150,10 @@ class RateLimitMiddleware:
 
     def ledger(self, key: PoolKey) -> Ledger:
         """The ledger of *key*, made at its first use."""
-        ledger = self._ledgers.get(key.ref)
+        ledger = self._ledgers.get(key)
         if ledger is None:
             limits = key.limits
-            ledger = self._ledgers[key.ref] = (
+            ledger = self._ledgers[key] = (
                 Ledger(
                     requests=limits.requests_per_minute,
                     input_tokens=limits.input_tokens_per_minute,
@@ -170,9 +170,9 @@ class RateLimitMiddleware:
         """Queue length, and per key what is used of each limit."""
         now = self._clock.now()
         keys: dict[str, dict[str, object]] = {}
-        for ref, ledger in self._ledgers.items():
+        for key, ledger in self._ledgers.items():
             ledger.expire(now)
-            keys[ref.id] = {
+            keys[key.ref.id] = {
                 "requests": {"used": ledger.requests_used, "limit": ledger.request_limit},
                 "input_tokens": {"used": ledger.input_used, "limit": ledger.input_limit},
                 "output_tokens": {
@@ -673,8 +673,9 @@ class _Permit:
         self._sent = False
 
     async def renew(self, call: Call) -> None:
-        # A layer that repeats should have settled; what it forgot to give back would be gone for good.
-        self.settle(Settlement(error=asyncio.CancelledError()))
+        if self._lease is not None:
+            # A layer that repeats should have settled; what it forgot to give back would be gone for good.
+            self.settle(Settlement(error=asyncio.CancelledError()))
         limiter = self._limiter
         key, self._lease, self._reservation = await limiter._admit(call, self._cost)
         self._sent = False

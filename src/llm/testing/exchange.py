@@ -29,6 +29,7 @@ MODELS = "/v1/models"
 DEFAULT_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "gpt-6.1-sol", "gpt-6-luna")
 JSON = "application/json"
 NOTHING = Problem(500, "", "")
+PADDINGS = 64
 
 
 class Verdict(NamedTuple):
@@ -240,7 +241,9 @@ class Exchange:
         if fault.problem is not None:
             said = self.dialect.error(self.dialect.problems[fault.problem], self.request_id)
             headers = self._headers() | self._retry_after(strike)
-        headers |= {f"x-padding-{i}": "x" * 1000 for i in range(fault.padding // 1000)}
+        headers |= {
+            f"x-padding-{i}": "x" * (fault.padding // PADDINGS) for i in range(PADDINGS if fault.padding else 0)
+        }
         response = web.StreamResponse(status=status, headers=headers)
         response.content_type = JSON if fault.problem is not None else "text/html"
         if fault.body == "bomb":
@@ -280,11 +283,10 @@ class Exchange:
         self._produce(len(answer.tokens))
         self.arrival.status = 200
         body = self.dialect.complete(answer)
-        headers = self._headers() | {"content-length": str(len(body))}
-        response = web.StreamResponse(headers=headers)
-        response.content_type = JSON
         if strike is None:
             return web.Response(body=body, headers=self._headers(), content_type=JSON)
+        response = web.StreamResponse(headers=self._headers() | {"content-length": str(len(body))})
+        response.content_type = JSON
         await response.prepare(self._request)
         if strike.fault.at == "middle":
             half = len(body) // 2

@@ -20,11 +20,10 @@ MEGABYTE = 1024 * 1024
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """One way of failing: *act* happens *at* a point of the exchange.
 
-    ``answer`` replies with *status* and *body*; ``reset`` is a TCP RST, ``close`` a FIN, without a word at the start, in
-    the middle of the body, or after the whole of an answer that promised to keep the connection; ``hang`` says nothing
-    more; ``wait`` goes on after a pause; ``drip`` sends the rest a byte at a time; ``error`` sends the dialect's error
-    event; ``malform`` an event that is no JSON; ``omit`` ends the stream in good HTTP order but without its terminal
-    event.
+    ``answer`` replies with *status* and *body*. ``reset`` is a TCP RST. ``close`` is a FIN: without a word at the start,
+    in the middle of the body, or at the end of an answer that promised to keep the connection. ``hang`` says nothing
+    more, ``wait`` goes on after a pause, ``drip`` sends the rest a byte at a time. ``error`` sends the dialect's error
+    event, ``malform`` one that is no JSON; ``omit`` ends the stream in good HTTP order but without its terminal event.
     """
 
     act: Act
@@ -174,7 +173,7 @@ class FaultPlan:
     ) -> None:
         scripts = script if isinstance(script, Mapping) else {"*": script}
         self._scripts = {whose: deque(names) for whose, names in scripts.items()}
-        self._chances = _by_whom(chances or {})
+        self._chances = by_whom(chances or {})
         self._usual = usual
         self._random = random
         self._ordered: list[Strike] = []
@@ -237,7 +236,8 @@ def _own(found: Mapping[str, _T], key: str, path: str) -> _T | None:
     return found.get(key) or found.get(path) or found.get("*")
 
 
-def _by_whom(chances: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def by_whom(chances: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Probabilities by whom they are for, also where they are for all."""
     if any(isinstance(chance, Mapping) for chance in chances.values()):
         return {whose: dict(each) for whose, each in chances.items()}
     return {"*": dict(chances)}

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+from .faults import Chances, Script, by_whom
 from .journal import Arrival, read_journal
 
 _LISTENING = "listening on "
+_STALLING = "stalling on "
 
 
 class SimulatorProcess:
@@ -31,14 +33,18 @@ class SimulatorProcess:
         input_tokens_per_minute: int | None = None,
         output_tokens_per_minute: int | None = None,
         window_seconds: float = 60.0,
+        output_counting: str = "produced",
         latency: float | tuple[float, float] = 0.0,
         tokens_per_second: float = 0.0,
-        faults: Mapping[str, float] | None = None,
+        faults: Chances | Mapping[str, Chances] | None = None,
+        script: Script | Mapping[str, Script] = (),
+        stalled_port: int | None = None,
         seed: int = 0,
         journal: Path | None = None,
         arguments: tuple[str, ...] = (),
     ) -> None:
         self.url = ""
+        self.stalled_url = ""
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[str] | None = None
         self._journal_file = journal
@@ -50,12 +56,19 @@ class SimulatorProcess:
             "input-tokens-per-minute": input_tokens_per_minute,
             "output-tokens-per-minute": output_tokens_per_minute,
             "window-seconds": window_seconds,
+            "output-counting": output_counting,
             "latency": f"{latency[0]}:{latency[1]}" if isinstance(latency, tuple) else latency,
             "tokens-per-second": tokens_per_second,
+            "stalled-port": stalled_port,
             "seed": seed,
         }
+        self._stalls = stalled_port is not None
         self._arguments = [f"--{name}={value}" for name, value in options.items() if value is not None]
-        self._arguments += [f"--fault={name}:{chance}" for name, chance in (faults or {}).items()]
+        for whom, chances in by_whom(faults or {}).items():
+            self._arguments += [f"--fault={name}:{chance}@{whom}" for name, chance in chances.items()]
+        for whom, kinds in (script if isinstance(script, Mapping) else {"*": script}).items():
+            if kinds:
+                self._arguments.append(f"--script={','.join(kind or 'ok' for kind in kinds)}@{whom}")
         self._arguments += arguments
 
     def __repr__(self) -> str:
@@ -102,6 +115,8 @@ class SimulatorProcess:
             self.close()
             raise RuntimeError(f"the simulator did not start: {complaint[-1] if complaint else line.strip()}")
         self.url = line[len(_LISTENING) :].strip()
+        if self._stalls:
+            self.stalled_url = self._process.stdout.readline().removeprefix(_STALLING).strip()
 
     def read_journal(self) -> list[Arrival]:
         """What has arrived so far; after `close`, all that arrived, from memory.
