@@ -116,9 +116,17 @@ class Endpoint:
         except LLMException as error:
             self._describe(call, key, request.model, error)
             error.sent = error.sent or exchange.connected
-            if error.status == 403 and isinstance(error, LLMAuthenticationError) and await self._works(key, call):
-                # The key is good: it is this request that is not allowed.
-                error.scope = Scope.REQUEST
+            if error.status == 403 and isinstance(error, LLMAuthenticationError):
+                try:
+                    works = await self._works(key, call)
+                except BaseException:
+                    # The caller left; the refusal was there before: it is paid as one, and proves nothing of the key.
+                    error.scope = Scope.REQUEST
+                    admission.settle(Settlement(error=error))
+                    raise
+                if works:
+                    # The key is good: it is this request that is not allowed.
+                    error.scope = Scope.REQUEST
             self._note(call, key, request.model, started, exchange, error)
             error.attempts = tuple(call.attempts)
             raise
