@@ -71,6 +71,30 @@ def test_faults_and_keys_can_be_set() -> None:
         assert ask(simulator.url, key="good") == 529
 
 
+def test_faults_can_be_one_keys_own_and_scripted() -> None:
+    faults = {"key-1": {"529": 1.0}, "*": {"500": 0.0}}
+    with SimulatorProcess(faults=faults, script={"key-2": ["503", None, "502"], "*": []}) as simulator:
+        assert [ask(simulator.url, key="key-1") for _ in range(2)] == [529, 529]
+        assert [ask(simulator.url, key="key-2") for _ in range(4)] == [503, 200, 502, 200]
+    with SimulatorProcess(script=["429"], arguments=("--fault-bytes=7", "--fault-deltas=1")) as simulator:
+        assert [ask(simulator.url) for _ in range(2)] == [429, 200]
+
+
+def test_max_tokens_can_be_reserved() -> None:
+    with SimulatorProcess(output_tokens_per_minute=17, output_counting="reserve_max") as simulator:
+        assert [ask(simulator.url) for _ in range(2)] == [200, 429], "nine are asked for each time"
+
+
+def test_a_second_port_can_accept_and_say_nothing() -> None:
+    with SimulatorProcess(stalled_port=0) as simulator:
+        host, _, port = simulator.stalled_url.removeprefix("https://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=0.1) as connection:
+            connection.sendall(b"hello?")
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            assert ask(simulator.url) == 200
+
+
 def test_a_process_that_does_not_start_says_why() -> None:
     simulator = SimulatorProcess(arguments=("--port=nonsense",))
     with pytest.raises(RuntimeError, match=r"did not start: .*nonsense"):
@@ -102,8 +126,12 @@ def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytes
     assert "no/file: No such file or directory" in capsys.readouterr().err
 
 
-def test_an_unknown_fault_is_told_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["simulate", "--fault", "nonsense:0.1"]) == 2
+@pytest.mark.parametrize(
+    "option",
+    ["--fault=nonsense:0.1", "--fault=nonsense:0.1@key", "--script=ok,nonsense", "--script=nonsense@/v1/messages"],
+)
+def test_an_unknown_fault_is_told_with_the_known_ones(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["simulate", option]) == 2
     assert "unknown kind 'nonsense'; known are 400," in capsys.readouterr().err
 
 
@@ -119,6 +147,9 @@ def test_an_unknown_fault_is_told_with_the_known_ones(capsys: pytest.CaptureFixt
         ["simulate", "--latency", "1:x"],
         ["simulate", "--fault", "529"],
         ["simulate", "--fault", "529:2"],
+        ["simulate", "--fault", "529@key"],
+        ["simulate", "--fault-bytes", "-1"],
+        ["simulate", "--stalled-port", "-1"],
     ],
 )
 def test_wrong_arguments_end_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,10 +20,11 @@ MEGABYTE = 1024 * 1024
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """One way of failing: *act* happens *at* a point of the exchange.
 
-    ``answer`` replies with *status* and *body*. ``reset`` is a TCP RST. ``close`` is a FIN: without a word at the start,
-    in the middle of the body, or at the end of an answer that promised to keep the connection. ``hang`` says nothing
-    more, ``wait`` goes on after a pause, ``drip`` sends the rest a byte at a time. ``error`` sends the dialect's error
-    event, ``malform`` one that is no JSON; ``omit`` ends the stream in good HTTP order but without its terminal event.
+    ``answer`` replies with *status* and *body*. ``reset`` is a TCP RST. ``close`` is a FIN: without a word at the
+    start, in the middle of the body, or at the end of an answer that promised to keep the connection. ``hang`` says
+    nothing more, ``wait`` goes on after a pause, ``drip`` sends the rest a byte at a time. ``error`` sends the
+    dialect's error event, ``malform`` one that is no JSON; ``omit`` ends the stream in good HTTP order but without
+    its terminal event.
     """
 
     act: Act
