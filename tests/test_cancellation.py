@@ -89,7 +89,8 @@ SLOW_BODY = (answer().body[:20], 0.5, answer().body[20:])
 SLOWLY = Scripted(200, answer().headers, pieces=SLOW_BODY, delay=1.0)
 PIECES = (b": hello\n\n", 0.5, delta("hel"), 0.5, delta("lo"), 0.5, END, 0.5)
 STREAMED = stream(*PIECES, delay=1.0)
-LOST = stream(b": hello\n\n", 0.5, LLMConnectionError("lost", sent=True))
+LOST = stream(b": hello\n\n", 0.5)
+"""A stream whose connection is lost before its content; the error is another one each time, as its traceback is."""
 FORBIDDEN = replace(failure(403), delay=1.0)
 BUSY = failure(503, retry_after="2")
 
@@ -152,7 +153,8 @@ def build(scenario: Scenario) -> Run:
             return Scripted(200, body=b"{}", delay=1.0)
         if match := OTHERS.search(request.body):
             return answer(tokens=(3, 2), delay=10.0 if match[1] == b"holding" else 0.0)
-        return answers.pop(0)
+        found = answers.pop(0)
+        return stream(*LOST.pieces or (), LLMConnectionError("lost", sent=True)) if found is LOST else found
 
     watched = Watched(ScriptedTransport(reply, clock=clock), clock)
     manager = LLMManager.from_config(
