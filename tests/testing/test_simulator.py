@@ -209,9 +209,9 @@ async def test_a_key_is_taken_from_either_header(client: Client, dialect: str, n
     ("attribute", "status", "anthropic", "openai"),
     [
         ("revoked", 401, "authentication_error", "invalid_request_error"),
-        ("forbidden", 403, "permission_error", "permission_error"),
+        ("forbidden", 403, "permission_error", "invalid_request_error"),
         ("spend_limited", 429, "rate_limit_error", "insufficient_quota"),
-        ("unpaid", 402, "billing_error", "billing_error"),
+        ("unpaid", 402, "billing_error", "unknown_error"),
     ],
 )
 async def test_a_key_can_be_disabled_while_the_server_runs(

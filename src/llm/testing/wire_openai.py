@@ -30,14 +30,20 @@ class OpenAIWire:
         "invalid_json": Problem(
             400, "invalid_request_error", "We could not parse the JSON body of your request. It is not valid JSON."
         ),
-        "no_key": Problem(401, "invalid_request_error", "You didn't provide an API key.", "missing_api_key"),
+        "no_key": Problem(401, "invalid_request_error", "You didn't provide an API key."),
         "authentication": Problem(401, "invalid_request_error", "Incorrect API key provided.", "invalid_api_key"),
-        "billing": Problem(402, "billing_error", "Insufficient balance.", "insufficient_balance"),
-        "permission": Problem(403, "permission_error", "You are not allowed to use this resource.", "forbidden"),
+        # The vendor itself has no 402; DeepSeek has.
+        "billing": Problem(402, "unknown_error", "Insufficient Balance", "invalid_request_error"),
+        "permission": Problem(
+            403,
+            "invalid_request_error",
+            "Country, region, or territory not supported",
+            "unsupported_country_region_territory",
+        ),
         "not_found": Problem(404, "invalid_request_error", "Unknown request URL.", "unknown_url"),
-        "method": Problem(405, "invalid_request_error", "Method not allowed.", "method_not_supported"),
-        "timeout": Problem(504, "server_error", "Request timed out.", "timeout"),
-        "conflict": Problem(409, "invalid_request_error", "The request conflicts with another.", "conflict"),
+        "method": Problem(405, "invalid_request_error", "Method not allowed."),
+        "timeout": Problem(504, "server_error", "Request timed out."),
+        "conflict": Problem(409, "invalid_request_error", "The request conflicts with another."),
         "rate_limit": Problem(429, "requests", "Rate limit reached.", "rate_limit_exceeded"),
         "spend_limit": Problem(
             429, "insufficient_quota", "You exceeded your current quota.", "organization_spend_limit_exceeded"
