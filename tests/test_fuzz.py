@@ -12,6 +12,8 @@ from fuzz.mutation import mutate
 from fuzz.seeds import seeds
 from fuzz.targets import HEAD, HEADERS_END, TARGETS, take_apart
 from llm.core.exceptions import LLMProtocolError
+from llm.core.types import StreamChunk
+from llm.providers.base import StreamDecoder
 from llm.utils.sse import Event, SSEDecoder
 
 
@@ -76,13 +78,28 @@ def test_a_planted_fault_of_the_event_decoder_is_noticed(
         targets.sse(bytes(2) + b"\x00\x03" * 3 + b"id: 7\ndata: x\n\n")
 
 
-def test_a_planted_fault_of_a_stream_decoder_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both dialects take the module's decoder of events; one that is cut by the segments makes them say less."""
-    monkeypatch.setattr("llm.providers.event_stream.SSEDecoder", CutsInTwo)
-    for name in ("anthropic_stream", "openai_stream"):
-        longest = max(seeds(name), key=len)
-        with pytest.raises(AssertionError, match="means something else"):
-            TARGETS[name](longest)
+class LosesAByte:
+    """A stream decoder that loses the first byte of every piece but the first."""
+
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self.decoder = decoder
+        self.fed = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.decoder, name)
+
+    def feed(self, data: bytes) -> list[StreamChunk]:
+        self.fed += 1
+        return self.decoder.feed(data[self.fed > 1 :])
+
+
+@pytest.mark.parametrize("name", ["anthropic_stream", "openai_stream"])
+def test_a_planted_fault_of_a_stream_decoder_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = (targets.ANTHROPIC if name == "anthropic_stream" else targets.OPENAI)[0]
+    real = provider.stream_decoder
+    monkeypatch.setattr(provider, "stream_decoder", lambda request: LosesAByte(real(request)))
+    with pytest.raises(AssertionError, match="means something else"):
+        TARGETS[name](bytes(2) + b"\x00\x70" * 3 + max(seeds(name), key=len)[HEAD:])
 
 
 def test_a_planted_long_message_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
