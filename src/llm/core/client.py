@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
@@ -13,7 +15,7 @@ import msgspec
 from ..middleware.base import Call, Handler
 from ..utils.clock import Clock
 from .events import CallFinished, CallStarted, Events
-from .exceptions import LLMException, LLMInvalidRequestError
+from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
 from .stream import ResponseStream
 from .types import CallOptions, LLMResponse, Message, MessageRole, Options, Request, Settlement, StreamChunk, Usage
 
@@ -23,10 +25,40 @@ OPTION_NAMES = Options.__struct_fields__
 NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout")
 
 
+class Home:
+    """The event loop of one manager: that of its first call, until it is closed or the process has forked.
+
+    *afresh* is called when the manager moves on to another loop: whatever waits on the old one will not come back.
+    """
+
+    __slots__ = ("_afresh", "_pid", "loop")
+
+    def __init__(self, afresh: Callable[[], None]) -> None:
+        self._afresh = afresh
+        self._pid = 0
+        self.loop: AbstractEventLoop | None = None
+
+    def enter(self, loop: AbstractEventLoop) -> None:
+        """Make *loop* the manager's, unless it has another one that is still open.
+
+        Raises:
+            LLMConfigurationError: it has.
+        """
+        if self.loop is not None and self.loop is not loop:
+            if self._pid == os.getpid() and not self.loop.is_closed():
+                raise LLMConfigurationError(
+                    "the manager is in use on another event loop, which is still open: use one manager for each loop, "
+                    "as get_llm_manager() does, or send the work there with asyncio.run_coroutine_threadsafe"
+                )
+            self._afresh()
+        self.loop = loop
+        self._pid = os.getpid()
+
+
 class Pipeline:
     """One provider's layers as a client sees them: a handler, and what it takes to make a call of a request."""
 
-    __slots__ = ("aliases", "clock", "events", "handler", "name", "new_id")
+    __slots__ = ("aliases", "clock", "events", "handler", "home", "name", "new_id")
 
     def __init__(
         self,
@@ -37,6 +69,7 @@ class Pipeline:
         events: Events,
         new_id: Callable[[], str],
         aliases: Mapping[str, str],
+        home: Home,
     ) -> None:
         self.name = name
         self.handler = handler
@@ -44,9 +77,12 @@ class Pipeline:
         self.events = events
         self.new_id = new_id
         self.aliases = aliases
+        self.home = home
 
     def call(self, request: Request, model: str | None) -> Call:
-        """The record of a new call."""
+        """The record of a new call, on the loop that is running."""
+        if (loop := get_running_loop()) is not self.home.loop:
+            self.home.enter(loop)
         started = self.clock.now()
         timeout = request.options.timeout
         if model is not None:

@@ -141,6 +141,12 @@ class Endpoint:
         if self._alarms is not None:
             self._alarms.close()
 
+    def start_afresh(self) -> None:
+        """Forget the streams and timers of an event loop that is gone."""
+        self._streams.clear()
+        if self._alarms is not None:
+            self._alarms.close()
+
     async def _works(self, key: Key, call: Call) -> bool:
         """Whether a probe of *key* is accepted; if that cannot be known within the call's deadline, it is believed."""
         if call.deadline is None:

@@ -33,7 +33,7 @@ from ..transports.base import Transport
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock, SystemClock
 from . import config
-from .client import LLMClient, Pipeline
+from .client import Home, LLMClient, Pipeline
 from .endpoint import Endpoint, Prober
 from .events import Events
 from .exceptions import LLMConfigurationError, LLMConnectionError
@@ -94,6 +94,7 @@ class LLMManager:
         """What happens in the calls' lives: ``manager.events.subscribe()``."""
         self._clock: Clock = clock if clock is not None else SystemClock()
         self._backoff = _Backoff(self._clock)
+        self._home = Home(self._start_afresh)
         self._random = random
         self._store = store if store is not None else _store(settings.store, self._clock)
         self._closed = self._store_closed = False
@@ -207,7 +208,12 @@ class LLMManager:
         }
 
     async def close(self) -> None:
-        """Close everything: waiting calls fail, calls under way lose their connections, later calls are refused."""
+        """Close everything: waiting calls fail, calls under way lose their connections, later calls are refused.
+
+        Raises:
+            LLMConfigurationError: the manager is in use on another event loop, which is still open.
+        """
+        self._home.enter(asyncio.get_running_loop())
         self._closed = True
         # First whatever decides at once, so that nothing new begins while connections are being closed. Closing again
         # does no harm, and finishes what a cancelled close has left.
@@ -224,6 +230,7 @@ class LLMManager:
         if not self._store_closed:
             await self._store.close()
             self._store_closed = True
+        self._home.loop = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -299,6 +306,7 @@ class LLMManager:
             events=self.events,
             new_id=self._new_id,
             aliases=settings.model_aliases,
+            home=self._home,
         )
         return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, pipeline)
 
@@ -320,6 +328,15 @@ class LLMManager:
                 layers.append(Layer(name, factory(own, context)))
         layers.extend(Layer(name, layer) for name, layer in objects.items() if name not in configured)
         return layers
+
+    def _start_afresh(self) -> None:
+        """On another event loop: whoever waited on the old one is gone. What the keys have used and learnt stays."""
+        self._backoff.forget()
+        for line in self._lines.values():
+            line.pool.start_afresh()
+            line.limiter.start_afresh()
+            line.endpoint.start_afresh()
+            line.prober.close()
 
     def _new_id(self) -> str:
         return f"{self._prefix}-{next(self._numbers)}"
@@ -350,6 +367,9 @@ class _Backoff:
         finally:
             self._sleepers.discard(woken)
             timer.cancel()
+
+    def forget(self) -> None:
+        self._sleepers.clear()
 
     def end(self) -> None:
         for sleeper in self._sleepers:

@@ -156,6 +156,8 @@ class ProviderPool:
         self._created = 0
         self._recycled = 0
         self._in_use = 0
+        self._past = 0
+        """Clients up to this number were made on an event loop that is gone, and are not taken back."""
         self._probing: dict[Key, asyncio.Task[bool]] = {}
         self._probe_timers: dict[Key, TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -209,6 +211,8 @@ class ProviderPool:
 
     def release(self, lease: Lease, error: BaseException | None) -> None:
         assert isinstance(lease, PooledClient)
+        if lease.number <= self._past:
+            return
         lease.served += 1
         self._in_use -= 1
         if self._worn(lease):
@@ -407,6 +411,21 @@ class ProviderPool:
                 for key in self.keys
             ],
         }
+
+    def start_afresh(self) -> None:
+        """Forget the clients and probes of an event loop that is gone; what the keys have learnt stays."""
+        self._past = self._created
+        self._in_use = self._size = 0
+        for clients in self._idle.values():
+            clients.clear()
+        self._probing.clear()
+        self._tasks.clear()
+        timers, self._probe_timers = self._probe_timers, {}
+        for timer in timers.values():
+            timer.cancel()
+        for key in self.keys:
+            if key.parked is not None:
+                self._probe_in(key, self._settings.probe_interval, self._settings.probe_interval)
 
     def refuse(self) -> None:
         """From here on no call is admitted, and no probe begins."""

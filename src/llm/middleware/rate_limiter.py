@@ -197,6 +197,19 @@ class RateLimitMiddleware:
             self._pump_handle.cancel()
             self._pump_handle = None
 
+    def start_afresh(self) -> None:
+        """On another event loop: whoever waited on the old one is gone, and what was used stays used."""
+        for queue in self._queues.values():
+            for waiter in queue.waiters:
+                waiter.alive = False
+        self._waiting = 0
+        self._tidy()
+        self._long_waits.close()
+        self._longer_waits.close()
+        self._pump_handle = None
+        now = self._clock.now()
+        self._ledgers = {ref: ledger.successor(now) for ref, ledger in self._ledgers.items()}
+
     # -- one call's way in ---------------------------------------------------------------------------------------
 
     async def _admit(self, call: Call, cost: Cost) -> _Grant:

@@ -84,7 +84,7 @@ class ScriptedTransport:
         self.closed = True
         self._idle = 0
         for waiter in self._waiting:
-            if not waiter.done():
+            if not waiter.done() and not waiter.get_loop().is_closed():
                 waiter.set_exception(
                     LLMConnectionError("the scripted transport was closed", sent=True, retryable=False)
                 )

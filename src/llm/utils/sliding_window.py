@@ -26,6 +26,7 @@ from math import inf
 from typing import Literal, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from ..core.types import Cost
 
@@ -163,6 +164,29 @@ class Ledger:
             self.requests_used -= entry.requests
             self.input_used -= entry.input_tokens
             self.output_used -= entry.output_tokens
+
+    def successor(self, now: float) -> Ledger:
+        """The same log in another ledger, when nobody is left to settle what is open here: that counts as spent."""
+        self.expire(now)
+        ledger = Ledger(
+            requests=self.request_limit,
+            input_tokens=self.input_limit,
+            output_tokens=self.output_limit,
+            window=self.span,
+            guard=0.0,
+        )
+        ledger._slack = self._slack
+        for entry in self._log:
+            if entry.expiry != GONE:
+                ledger._log.append(replace(entry, left=True))
+        ledger.requests_used, ledger.input_used, ledger.output_used = (
+            self.requests_used,
+            self.input_used,
+            self.output_used,
+        )
+        if self.open_output:
+            ledger._append(now, 0, 0, self.open_output, left=True)
+        return ledger
 
     def _append(self, now: float, requests: int, input_tokens: int, output_tokens: int, *, left: bool) -> Entry:
         entry = Entry(now + self.span, requests, input_tokens, output_tokens, left)
