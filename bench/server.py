@@ -14,8 +14,8 @@ import json
 import os
 import sys
 
-EVENTS = 50
-PACE = 0.02
+EVENTS = 400
+PACE = 0.005
 """Seconds between two events of a paced stream."""
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. " * 6

@@ -554,7 +554,7 @@ async def test_the_whole_answer_of_a_stream_has_everything_that_a_whole_answer_h
     assert (whole.text, whole.model, whole.usage.total_tokens) == ("hello", "m", 5)
     assert (whole.provider, whole.key_id, whole.request_id) == ("vendor", "vendor/1", "req-1")
     assert whole.stop_reason is StopReason.STOP
-    assert repr(answered) == "<ResponseStream vendor m: whole, 2 pieces of text>"
+    assert repr(answered) == "<ResponseStream vendor m: whole, 3 chunks>"
 
 
 async def test_a_short_stream_that_has_settled_before_the_layers_registered_is_paid_and_counted() -> None:

@@ -204,3 +204,27 @@ def test_a_large_event_fed_byte_by_byte_costs_no_more_than_its_length() -> None:
 
     cost(1000)
     assert cost(400_000) < 30 * cost(40_000)
+
+
+@given(LINES, st.lists(ENDS, min_size=12, max_size=12), st.integers(4, 60), st.lists(st.integers(0, 120), max_size=6))
+def test_payloads_are_the_data_of_the_events(
+    lines: list[bytes], ends: list[bytes], bound: int, cuts: list[int]
+) -> None:
+    """The cheap reading and the full one agree, however the bytes were cut."""
+    text = b"".join(line + end for line, end in zip(lines, ends, strict=False))
+    full, cheap = SSEDecoder(max_event_bytes=bound), SSEDecoder(max_event_bytes=bound)
+    for start, end in pairwise([0, *sorted(cuts), len(text)]):
+        piece = text[start:end]
+        assert cheap.payloads(piece) == [event.data for event in full.feed(piece)]
+        assert (cheap.pending, cheap.overflow) == (full.pending, full.overflow)
+
+
+@given(
+    st.lists(st.sampled_from([b"data: {}\n\n", b"data: a b\n\n", b"data: \n\n", b"\n", b": c\n\n", b"data: x\r\n\r\n"]))
+)
+def test_payloads_of_whole_events_are_their_data(pieces: list[bytes]) -> None:
+    """The shape that most reads have goes a way of its own."""
+    full, cheap = SSEDecoder(), SSEDecoder()
+    for piece in pieces:
+        assert cheap.payloads(piece) == [event.data for event in full.feed(piece)]
+    assert cheap.payloads(b"".join(pieces)) == [event.data for event in full.feed(b"".join(pieces))]

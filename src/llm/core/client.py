@@ -246,9 +246,11 @@ class _Chunks:
         return self
 
     async def __anext__(self) -> StreamChunk:
-        if self._stream is None:
-            self._stream = await self._open()
-        return await self._stream.__anext__()
+        stream = self._stream
+        if stream is None:
+            stream = self._stream = await self._open()
+        # What is there is handed out without a coroutine of the stream's own: a burst has many pieces to a read.
+        return stream.ready.popleft() if stream.ready else await stream.__anext__()
 
     def __del__(self) -> None:
         if self._stream is not None:

@@ -72,21 +72,19 @@ class ResponseStream:
     __slots__ = (
         "_body",
         "_callbacks",
-        "_chunks",
         "_clock",
         "_content",
         "_decoder",
         "_describe",
         "_error",
         "_report",
+        "_seen",
         "_settlement",
         "_timer",
         "key_id",
         "provider",
-        "refusals",
+        "ready",
         "request_id",
-        "texts",
-        "thoughts",
         "warnings",
     )
 
@@ -108,7 +106,9 @@ class ResponseStream:
         self._clock = clock
         self._describe = describe
         self._report = report
-        self._chunks: deque[StreamChunk] = deque()
+        self.ready: deque[StreamChunk] = deque()
+        """What was decoded and not read yet."""
+        self._seen: list[StreamChunk] = []
         self._callbacks: list[SettledCallback] = []
         self._content = False
         self._error: LLMException | None = None
@@ -118,13 +118,10 @@ class ResponseStream:
         self.key_id = key_id
         self.request_id = request_id
         self.warnings = warnings
-        self.texts: list[str] = []
-        self.thoughts: list[str] = []
-        self.refusals: list[str] = []
 
     def __repr__(self) -> str:
         state = "open" if self._settlement is None else "whole" if self._decoder.done else "ended early"
-        return f"<ResponseStream {self.provider} {self.model}: {state}, {len(self.texts)} pieces of text>"
+        return f"<ResponseStream {self.provider} {self.model}: {state}, {len(self._seen)} chunks>"
 
     @property
     def usage(self) -> Usage | None:
@@ -143,7 +140,7 @@ class ResponseStream:
     @property
     def text(self) -> str:
         """The text that has arrived so far."""
-        return "".join(self.texts)
+        return "".join([chunk.text for chunk in self._seen])
 
     @property
     def settled(self) -> bool:
@@ -162,8 +159,8 @@ class ResponseStream:
             model=self.model,
             usage=self.usage or Usage(),
             stop_reason=self.stop_reason or StopReason.UNKNOWN,
-            refusal="".join(self.refusals) or None,
-            thinking="".join(self.thoughts),
+            refusal="".join([chunk.refusal for chunk in self._seen]) or None,
+            thinking="".join([chunk.thinking for chunk in self._seen]),
             id=self._decoder.id,
             provider=self.provider,
             key_id=self.key_id,
@@ -211,14 +208,14 @@ class ResponseStream:
         return self
 
     async def __anext__(self) -> StreamChunk:
-        while not self._chunks:
+        while not self.ready:
             if self._error is not None:
                 self._raise()
             if self._decoder.done:
                 await self._drain()
                 raise StopAsyncIteration
             await self._read()
-        return self._chunks.popleft()
+        return self.ready.popleft()
 
     async def __aenter__(self) -> Self:
         return self
@@ -250,17 +247,11 @@ class ResponseStream:
             # A decoder must not raise. One that does must not leave a connection and a permit behind.
             self.close()
             raise
-        for chunk in chunks:
-            self._chunks.append(chunk)
-            if chunk.text:
-                self.texts.append(chunk.text)
-                self._content = True
-            elif chunk.thinking:
-                self.thoughts.append(chunk.thinking)
-                self._content = True
-            elif chunk.refusal:
-                self.refusals.append(chunk.refusal)
-                self._content = True
+        if chunks:
+            self.ready += chunks
+            self._seen += chunks
+            if not self._content:
+                self._content = any(chunk.has_content for chunk in chunks)
         if decoder.error is not None:
             self._fail(decoder.error)
         elif decoder.done:

@@ -422,44 +422,44 @@ class AnthropicStream(EventStream):
         self._usage: _Usage | None = None
         self._refusal = ""
 
-    def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
-        try:
-            event = _decode_event(data)
-        except UNREADABLE:
+    def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
+        for data in payloads:
             try:
-                event = _without_usage(data)
+                event = _decode_event(data)
             except UNREADABLE:
-                self._fail("an event of the stream cannot be read", data)
-                return False
-        kind = event.type
-        # Nearly all events are deltas.
-        if kind == "content_block_delta":
-            if event.delta is not None:
-                self._say(event.delta, chunks)
-        elif kind == "content_block_start":
-            if event.content_block is not None:
-                self._say(event.content_block, chunks)
-        elif kind == "message_start":
-            if event.message is not None:
-                self.id = event.message.id or self.id
-                self.model = event.message.model or self.model
-                self._count(event.message.usage)
-        elif kind == "message_delta":
-            delta = event.delta
-            if delta is not None and delta.stop_reason is not None:
-                self.stop_reason = STOP_REASON.get(delta.stop_reason, StopReason.UNKNOWN)
-                if delta.stop_reason == "refusal":
-                    self._refusal = _refusal(delta.stop_details) or ""
-            self._count(event.usage)
-        elif kind == "message_stop":
-            self.done = True
-            self.stop_reason = self.stop_reason or StopReason.UNKNOWN
-            chunks.append(StreamChunk(refusal=self._refusal, stop_reason=self.stop_reason, usage=self.usage))
-            return False
-        elif kind == "error":
-            self.error = self._provider.classify(self._request, 200, {}, data)
-            return False
-        return True
+                try:
+                    event = _without_usage(data)
+                except UNREADABLE:
+                    self._fail("an event of the stream cannot be read", data)
+                    return
+            kind = event.type
+            # Nearly all events are deltas.
+            if kind == "content_block_delta":
+                if event.delta is not None:
+                    self._say(event.delta, chunks)
+            elif kind == "content_block_start":
+                if event.content_block is not None:
+                    self._say(event.content_block, chunks)
+            elif kind == "message_start":
+                if event.message is not None:
+                    self.id = event.message.id or self.id
+                    self.model = event.message.model or self.model
+                    self._count(event.message.usage)
+            elif kind == "message_delta":
+                delta = event.delta
+                if delta is not None and delta.stop_reason is not None:
+                    self.stop_reason = STOP_REASON.get(delta.stop_reason, StopReason.UNKNOWN)
+                    if delta.stop_reason == "refusal":
+                        self._refusal = _refusal(delta.stop_details) or ""
+                self._count(event.usage)
+            elif kind == "message_stop":
+                self.done = True
+                self.stop_reason = self.stop_reason or StopReason.UNKNOWN
+                chunks.append(StreamChunk(refusal=self._refusal, stop_reason=self.stop_reason, usage=self.usage))
+                return
+            elif kind == "error":
+                self.error = self._provider.classify(self._request, 200, {}, data)
+                return
 
     def _say(self, block: _Block, chunks: list[StreamChunk]) -> None:
         if block.text:

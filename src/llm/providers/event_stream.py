@@ -40,22 +40,23 @@ class EventStream(ABC):
         state = "done" if self.done else type(self.error).__name__ if self.error else "open"
         return f"<{type(self).__name__} {self.id or 'without an id'}, {state}>"
 
+    @property
+    def _open(self) -> bool:
+        return not self.done and self.error is None
+
     def feed(self, data: bytes) -> list[StreamChunk]:
         """The chunks that *data* completes."""
         chunks: list[StreamChunk] = []
-        if self.done or self.error is not None:
+        if not self._open:
             return chunks
-        for event in self._sse.feed(data):
-            if not self._take(event.data, chunks):
-                break
-        else:
-            if self._sse.overflow:
-                self._fail("an event of the stream is larger than any answer")
+        self._take(self._sse.payloads(data), chunks)
+        if self._sse.overflow and self._open:
+            self._fail("an event of the stream is larger than any answer")
         return chunks
 
     def end(self) -> list[StreamChunk]:
         """The body has ended; without the terminal event that is an error."""
-        if self.done or self.error is not None:
+        if not self._open:
             return []
         pending = self._sse.pending.lstrip()
         # Some servers forget the blank line after the last event.
@@ -70,8 +71,8 @@ class EventStream(ABC):
         return self.done or not (self.error is None or isinstance(self.error, LLMProtocolError))
 
     @abstractmethod
-    def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
-        """Take one event in; whether the stream goes on."""
+    def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
+        """Take events in, up to the one that ends the stream or spoils it."""
 
     def _end_early(self, pending: bytes, chunks: list[StreamChunk]) -> None:
         """The body has ended before the terminal event, with *pending* begun and not finished."""

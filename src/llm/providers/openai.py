@@ -409,50 +409,69 @@ class OpenAIStream(EventStream):
         self._custom = custom
         self._refused = False
 
-    def _take(self, data: bytes, chunks: list[StreamChunk]) -> bool:
+    def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
+        # This loop runs for every token of every stream: what does not change is looked up once.
+        decode, say = _decode, chunks.append
+        for data in payloads:
+            try:
+                reply = decode(data)
+            except UNREADABLE:
+                odd = self._take_odd(data, chunks)
+                if odd is None:
+                    if self.done or self.error is not None:
+                        return
+                    continue
+                reply = odd
+            if reply.error:
+                self.error = self._broken_off(self._request, "error", {}, data)
+                return
+            if not self.id:
+                self.id = reply.id or ""
+            model, usage, groq = reply.model, reply.usage, reply.x_groq
+            if model:
+                self.model = model
+            if usage is not None:
+                self.usage = _usage(usage)
+            elif groq is not None and groq.usage is not None:
+                self.usage = _usage(groq.usage)
+            for choice in reply.choices or ():
+                # A second answer was not asked for: it cannot be told from the first in one stream of text.
+                if choice.index != 0:
+                    continue
+                delta = choice.delta
+                if delta is not None:
+                    text = delta.content
+                    if type(text) is str and delta.reasoning_content is delta.reasoning is delta.refusal is None:
+                        # Text and nothing else: what nearly every event of a stream is.
+                        if text:
+                            self._content = True
+                            say(StreamChunk(text))
+                    else:
+                        self._say(delta, chunks)
+                if choice.usage is not None:
+                    self.usage = _usage(choice.usage)
+                reason = choice.finish_reason
+                # Some servers say "" where the vendor says null.
+                if reason:
+                    if reason in BROKEN_OFF:
+                        self.error = self._broken_off(self._request, reason, {}, data)
+                        return
+                    self.stop_reason = STOP_REASON.get(reason, StopReason.UNKNOWN)
+
+    def _take_odd(self, data: bytes, chunks: list[StreamChunk]) -> _Reply | None:
+        """Take in what is no chunk as the vendor makes them; what can be read of it, if it is one all the same."""
         if data[:6] == b"[DONE]":
             if self.stop_reason is None and not self._custom:
                 self._interrupt("the stream ended without a finish_reason")
             else:
                 self._finish(chunks)
-            return False
+            return None
         try:
-            reply = _decode(data)
+            return _without_usage(data)
         except UNREADABLE:
-            try:
-                reply = _without_usage(data)
-            except UNREADABLE:
-                if not data.strip():
-                    return True
+            if data.strip():
                 self._fail("an event of the stream cannot be read", data)
-                return False
-        if reply.error:
-            self.error = self._broken_off(self._request, "error", {}, data)
-            return False
-        if not self.id:
-            self.id = reply.id or ""
-        if reply.model:
-            self.model = reply.model
-        if reply.usage is not None:
-            self.usage = _usage(reply.usage)
-        elif reply.x_groq is not None and reply.x_groq.usage is not None:
-            self.usage = _usage(reply.x_groq.usage)
-        for choice in reply.choices or ():
-            # A second answer was not asked for: it cannot be told from the first in one stream of text.
-            if choice.index != 0:
-                continue
-            if choice.usage is not None:
-                self.usage = _usage(choice.usage)
-            if choice.delta is not None:
-                self._say(choice.delta, chunks)
-            reason = choice.finish_reason
-            # Some servers say "" where the vendor says null.
-            if reason:
-                if reason in BROKEN_OFF:
-                    self.error = self._broken_off(self._request, reason, {}, data)
-                    return False
-                self.stop_reason = STOP_REASON.get(reason, StopReason.UNKNOWN)
-        return True
+            return None
 
     def _end_early(self, pending: bytes, chunks: list[StreamChunk]) -> None:
         if self._custom and self.stop_reason is not None:
