@@ -12,7 +12,7 @@ from typing import Any, Self, Unpack, cast
 
 import msgspec
 
-from ..middleware.base import Call, Handler
+from ..middleware.base import Call, Handler, Reply
 from ..utils.clock import Clock
 from .events import CallFinished, CallStarted, Events
 from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
@@ -101,19 +101,17 @@ class Pipeline:
             )
         return call
 
-    async def run(self, call: Call) -> LLMResponse | ResponseStream:
-        """Send *call* through the layers; whatever is raised tells of the attempts, and leaves no stream open."""
-        try:
-            reply = await self.handler(call)
-        except BaseException as error:
-            call.close_stream()
-            if isinstance(error, LLMException):
-                error.attempts = tuple(call.attempts)
-            self._finished(call, Settlement(error=error))
-            raise
+    def answered(self, call: Call, reply: Reply) -> None:
+        """The layers have returned *reply*."""
         if CallFinished in self.events.wanted:
             reply.on_settled(lambda settlement: self._finished(call, settlement))
-        return reply
+
+    def failed(self, call: Call, error: BaseException) -> None:
+        """The layers have raised *error*: it is to tell of the attempts, and no stream may stay open."""
+        call.close_stream()
+        if isinstance(error, LLMException):
+            error.attempts = call.attempts
+        self._finished(call, Settlement(error=error))
 
     def _finished(self, call: Call, settlement: Settlement) -> None:
         if CallFinished not in self.events.wanted:
@@ -176,7 +174,16 @@ class LLMClient:
         """
         pipeline = self._pipeline
         request = Request(read_messages(messages), "", read_options(self._defaults, options), False)
-        reply = await pipeline.run(pipeline.call(request, model or self.model))
+        call = pipeline.call(request, model or self.model)
+        # Thousands of calls may wait here: so there is no coroutine of the pipeline's own around the handler, and what
+        # the call has of the arguments is not held twice.
+        del messages, options
+        try:
+            reply = await pipeline.handler(call)
+        except BaseException as error:
+            pipeline.failed(call, error)
+            raise
+        pipeline.answered(call, reply)
         return cast(LLMResponse, reply)
 
     def stream_complete(
@@ -229,7 +236,13 @@ class StreamingCall:
         if request is None:
             raise LLMInvalidRequestError("a streamed call is used once: call stream_complete again for another answer")
         pipeline = self._pipeline
-        reply = await pipeline.run(pipeline.call(request, self._model))
+        call = pipeline.call(request, self._model)
+        try:
+            reply = await pipeline.handler(call)
+        except BaseException as error:
+            pipeline.failed(call, error)
+            raise
+        pipeline.answered(call, reply)
         return cast(ResponseStream, reply)
 
 

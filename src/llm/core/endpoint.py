@@ -128,7 +128,7 @@ class Endpoint:
                     # The key is good: it is this request that is not allowed.
                     error.scope = Scope.REQUEST
             self._note(call, key, request.model, started, exchange, error)
-            error.attempts = tuple(call.attempts)
+            error.attempts = call.attempts
             raise
         self._note(call, key, request.model, started, exchange, None)
         return reply
@@ -242,26 +242,25 @@ class Endpoint:
         error.provider = key.ref.provider
         error.model = error.model or model
         error.key_id = key.ref.id
-        error.attempts = tuple(call.attempts)
+        error.attempts = call.attempts
         redact(error, key.secret())
 
     def _note(
         self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException | None
     ) -> None:
         now = self._clock.now()
-        call.attempts.append(
-            AttemptRecord(
-                number=len(call.attempts) + 1,
-                provider=key.ref.provider,
-                model=model,
-                key_id=key.ref.id,
-                waited=started - call.idle_since,
-                duration=now - started,
-                error=type(error).__name__ if error is not None else None,
-                status=error.status if error is not None else None,
-                sent=exchange.connected,
-            )
+        record = AttemptRecord(
+            number=len(call.attempts) + 1,
+            provider=key.ref.provider,
+            model=model,
+            key_id=key.ref.id,
+            waited=started - call.idle_since,
+            duration=now - started,
+            error=type(error).__name__ if error is not None else None,
+            status=error.status if error is not None else None,
+            sent=exchange.connected,
         )
+        call.attempts = (*call.attempts, record)
         call.idle_since = now
 
     def _warn(self, model: str, dropped: tuple[str, ...]) -> tuple[str, ...]:

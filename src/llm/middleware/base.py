@@ -134,7 +134,7 @@ class Call:
         """The instant at which the last attempt ended, or the call began."""
         self.deadline = deadline
         """The instant by which the whole call must have ended, on the manager's clock."""
-        self.attempts: list[AttemptRecord] = []
+        self.attempts: tuple[AttemptRecord, ...] = ()
         self.admission: Admission | None = None
         self.stream: ResponseStream | None = None
         """The stream that the current attempt has opened, so that whoever gives the attempt up can close it."""

@@ -21,7 +21,6 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
-from functools import partial
 from heapq import heapify, heappop, heappush
 from math import inf
 from operator import attrgetter
@@ -134,7 +133,7 @@ class RateLimitMiddleware:
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
         permit = _Permit(self, self._estimate(call.request))
-        await permit.renew(call)
+        permit.take(call, self._admit(call, permit.cost) or await self._wait(call, permit.cost))
         call.admission = permit
         try:
             reply = await handler(call)
@@ -212,13 +211,10 @@ class RateLimitMiddleware:
 
     # -- one call's way in ---------------------------------------------------------------------------------------
 
-    async def _admit(self, call: Call, cost: Cost) -> _Grant:
-        """Wait for the permit of one attempt.
+    def _admit(self, call: Call, cost: Cost) -> _Grant | None:
+        """The permit of one attempt if nobody waits and a key can take it now.
 
         Raises:
-            LLMDeadlineExceededError: the call's deadline cannot be met (told on arrival), or has passed.
-            LLMRequestTooLargeError: no key could ever take the call.
-            LLMPoolExhaustedError: no client became free within the acquire timeout.
             LLMException: every key that could take the call is out of use; of the class of the cause.
         """
         if self._closed:
@@ -234,10 +230,19 @@ class RateLimitMiddleware:
             if isinstance(grant, _Grant):
                 self._announce(call, grant.key, 0.0, now)
                 return grant
-        route = self._fitting(call, route, cost)
-        if call.deadline is not None:
-            self._refuse_the_hopeless(call, call.ticket, call.deadline, route, cost, now)
-        waiter = self._enqueue(call, call.ticket, route, cost, now)
+        return None
+
+    async def _wait(self, call: Call, cost: Cost) -> _Grant:
+        """Wait for the permit of one attempt.
+
+        Raises:
+            LLMDeadlineExceededError: the call's deadline cannot be met (told on arrival), or has passed.
+            LLMRequestTooLargeError: no key could ever take the call.
+            LLMPoolExhaustedError: no client became free within the acquire timeout.
+            LLMException: every key that could take the call is out of use; of the class of the cause.
+        """
+        now = self._clock.now()
+        waiter = self._enqueue(call, cost, now)
         self._schedule()
         try:
             await waiter.future
@@ -334,25 +339,28 @@ class RateLimitMiddleware:
 
     # -- the queues ----------------------------------------------------------------------------------------------
 
-    def _enqueue(self, call: Call, ticket: int, route: tuple[PoolKey, ...], cost: Cost, now: float) -> _Waiter:
+    def _enqueue(self, call: Call, cost: Cost, now: float) -> _Waiter:
+        """Put the call into the queue of the keys that it fits, unless that is hopeless."""
+        ticket = call.ticket
+        assert ticket is not None
+        route = self._fitting(call, tuple(self._pool.route(call.model)), cost)
+        if call.deadline is not None:
+            self._refuse_the_hopeless(call, ticket, call.deadline, route, cost, now)
         queue = self._queues.get(route)
         if queue is None:
             queue = self._queues[route] = _Queue(route)
         self._arrivals += 1
-        waiter = _Waiter(call, ticket, self._arrivals, queue, cost, now)
+        waiter = _Waiter(self, call, self._arrivals, queue, cost, now)
         queue.add(waiter)
         self._waiting += 1
         if call.deadline is not None:
             heappush(self._deadlines, (call.deadline, waiter.arrival, waiter))
-        waiter.alarm = self._long_waits.start(partial(self._report_wait, waiter))
+        self._long_waits.set(waiter)
         return waiter
 
     def _leave(self, waiter: _Waiter) -> None:
         """The waiter's task goes on, for whatever reason; whoever stood behind it may now be able to go."""
-        if waiter.alarm is not None:
-            waiter.alarm.cancel()
-            # It knows the waiter, as the waiter knows it.
-            waiter.alarm = None
+        waiter.cancel()
         if waiter.alive:
             self._remove(waiter)
             self._tidy()
@@ -525,7 +533,7 @@ class RateLimitMiddleware:
         return failed
 
     def _report_wait(self, waiter: _Waiter) -> None:
-        waiter.alarm = self._longer_waits.start(partial(self._report_wait, waiter))
+        self._longer_waits.set(waiter)
         now = self._clock.now()
         if CallQueued in self._events.wanted:
             self._events.publish(
@@ -560,16 +568,16 @@ class _Blocked(Enum):
     """A key could admit it, and no client is free."""
 
 
-class _Waiter:
+class _Waiter(Alarm):
     """A call in the queue. *outcome* is set before the future is: a grant, or the error to raise."""
 
     __slots__ = (
-        "alarm",
         "alive",
         "arrival",
         "call_id",
         "cost",
         "future",
+        "limiter",
         "model",
         "outcome",
         "provider",
@@ -579,12 +587,16 @@ class _Waiter:
         "ticket",
     )
 
-    def __init__(self, call: Call, ticket: int, arrival: int, queue: _Queue, cost: Cost, since: float) -> None:
+    def __init__(
+        self, limiter: RateLimitMiddleware, call: Call, arrival: int, queue: _Queue, cost: Cost, since: float
+    ) -> None:
+        assert call.ticket is not None
+        self.limiter = limiter
         # Not the call itself: containers hold a waiter longer than it waits, and must not hold a prompt with it.
         self.call_id = call.id
         self.provider = call.provider
         self.model = call.model
-        self.ticket = ticket
+        self.ticket = call.ticket
         self.arrival = arrival
         self.queue = queue
         self.cost = cost
@@ -592,8 +604,11 @@ class _Waiter:
         self.starved_before = queue.starved(since)
         self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.outcome: _Grant | LLMException | None = None
-        self.alarm: Alarm | None = None
         self.alive = True
+
+    def ring(self) -> None:
+        """It waits long: tell, and tell again after a while."""
+        self.limiter._report_wait(self)
 
 
 _TICKET = attrgetter("ticket")
@@ -673,14 +688,14 @@ class _Queue:
 class _Permit:
     """The :class:`~.base.Admission` that this layer gives: a reservation in a ledger and a leased client."""
 
-    __slots__ = ("_cost", "_lease", "_limiter", "_reservation", "_sent", "key", "model")
+    __slots__ = ("_lease", "_limiter", "_reservation", "_sent", "cost", "key", "model")
 
     key: KeyRef
     model: str
 
     def __init__(self, limiter: RateLimitMiddleware, cost: Cost) -> None:
         self._limiter = limiter
-        self._cost = cost
+        self.cost = cost
         self._lease: Lease | None = None
         self._reservation: Reservation | None = None
         self._sent = False
@@ -690,10 +705,14 @@ class _Permit:
             # A layer that repeats should have settled; what it forgot to give back would be gone for good.
             self.settle(Settlement(error=asyncio.CancelledError()))
         limiter = self._limiter
-        key, self._lease, self._reservation = await limiter._admit(call, self._cost)
+        self.take(call, limiter._admit(call, self.cost) or await limiter._wait(call, self.cost))
+
+    def take(self, call: Call, grant: _Grant) -> None:
+        """Hold what was granted."""
+        key, self._lease, self._reservation = grant
         self._sent = False
         self.key = key.ref
-        self.model = limiter._model(call, key)
+        self.model = self._limiter._model(call, key)
 
     def sent(self) -> None:
         self._sent = True
@@ -708,7 +727,7 @@ class _Permit:
         if lease is None or self._reservation is None:
             return
         limiter = self._limiter
-        actual = charge(self._cost, settlement, sent=self._sent)
+        actual = charge(self.cost, settlement, sent=self._sent)
         self._reservation.settle(actual, now=limiter._clock.now())
         self._reservation = None
         limiter._pool.release(lease, settlement.error)

@@ -8,6 +8,7 @@ in which they were started, so no heap is needed.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import Context
@@ -34,11 +35,17 @@ class Alarms:
 
     def start(self, callback: Callable[[], object]) -> Alarm:
         """Run *callback* once, *seconds* from now, unless the alarm is cancelled before."""
-        alarm = Alarm(self._pending, self._clock.now() + self.seconds, callback)
+        alarm = _Callback(callback)
+        self.set(alarm)
+        return alarm
+
+    def set(self, alarm: Alarm) -> None:
+        """Let *alarm*, which is not running, ring once, *seconds* from now."""
+        alarm.when = self._clock.now() + self.seconds
+        alarm.pending = self._pending
         self._pending[alarm] = None
         if self._timer is None and not self._ringing:
             self._arm(alarm.when)
-        return alarm
 
     def close(self) -> None:
         """Call off everything, the loop's timer included."""
@@ -61,7 +68,7 @@ class Alarms:
                 if alarm.when > now:
                     return
                 del self._pending[alarm]
-                alarm.callback()
+                alarm.ring()
         finally:
             # Also after a callback that raised, which is the loop's to report: the others must ring all the same.
             self._ringing = False
@@ -70,19 +77,33 @@ class Alarms:
                 self._arm(next(iter(self._pending)).when)
 
 
-class Alarm:
-    """One running timer of an :class:`Alarms`."""
+class Alarm(ABC):
+    """One timer of an :class:`Alarms`. What there are thousands of may be an alarm itself, instead of having one."""
 
-    __slots__ = ("_pending", "callback", "when")
+    __slots__ = ("pending", "when")
 
-    def __init__(self, pending: OrderedDict[Alarm, None], when: float, callback: Callable[[], object]) -> None:
-        self._pending = pending
-        self.when = when
-        self.callback = callback
+    pending: OrderedDict[Alarm, None]
+    """Those it runs with."""
+    when: float
+
+    @abstractmethod
+    def ring(self) -> None: ...
 
     def cancel(self) -> None:
         """Call it off; does nothing when it has rung already."""
-        self._pending.pop(self, None)
+        self.pending.pop(self, None)
+
+
+class _Callback(Alarm):
+    """An alarm that calls a function."""
+
+    __slots__ = ("_callback",)
+
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self._callback = callback
+
+    def ring(self) -> None:
+        self._callback()
 
 
 class Limit:
