@@ -41,8 +41,9 @@ layers: setup
 unit: setup  ## the tests alone
 	$(BIN)/python -m pytest
 
+# uvloop sleeps where no signal wakes Python, hence the other way of ending what hangs.
 test-uvloop: setup  ## the tests on uvloop in place of the standard event loop
-	$(BIN)/python -m pytest --loop uvloop
+	$(BIN)/python -m pytest --loop uvloop --timeout-method thread
 
 # Beside the usual .venv, and without what does not depend on the interpreter. A version manager's shim runs when told
 # its version, so that is tried too.

@@ -86,8 +86,8 @@ async def sockets() -> set[str]:
 
 
 def timers() -> int:
-    """Timers of the running loop that would still do something."""
-    scheduled: list[asyncio.TimerHandle] = asyncio.get_running_loop()._scheduled  # type: ignore[attr-defined]
+    """Timers of the running loop that would still do something. Only the standard loop tells."""
+    scheduled: list[asyncio.TimerHandle] = getattr(asyncio.get_running_loop(), "_scheduled", [])
     return sum(1 for handle in scheduled if not handle.cancelled())
 
 

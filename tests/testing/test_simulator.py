@@ -563,7 +563,8 @@ async def test_a_fault_that_waits_ends_well(client: Client, kind: str, stream: b
         assert (await client.ask(simulator, "anthropic", stream=stream)).status == 200
     arrival = simulator.journal[0]
     assert arrival.finished is not None
-    assert arrival.finished - arrival.time >= 0.03
+    # uvloop's clock counts milliseconds.
+    assert arrival.finished - arrival.time >= 0.029
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
