@@ -64,7 +64,7 @@ class CannedServer:
         return f"http://127.0.0.1:{self.port}{mode}/v1"
 
 
-def configuration(base_url: str, requests: int | None = None) -> dict[str, Any]:
+def configuration(base_url: str, requests: int | None = None, max_size: int = 1000) -> dict[str, Any]:
     """Three keys with three limits each; unless *requests* says otherwise they do not bind."""
     limits = {
         "requests_per_minute": requests or 50_000_000,
@@ -77,6 +77,7 @@ def configuration(base_url: str, requests: int | None = None) -> dict[str, Any]:
         "api_keys": ["bench-key-1", "bench-key-2", "bench-key-3"],
         "models": "gpt-6.1-terra",
         "rate_limits": limits,
+        "pool": {"max_size": max_size},
     }
     return {"providers": {"openai": provider}}
 
@@ -212,11 +213,63 @@ def imports(rounds: int = 15) -> dict[str, float]:
     }
 
 
+AT_ONCE = 64
+
+
+async def crowds(base: CannedServer, sizes: tuple[int, int] = (100, 10_000), rounds: int = 5) -> dict[str, Any]:
+    """CPU a call when 100 and when 10,000 are offered at once and 64 may run: ours, and bare tasks at a semaphore."""
+    url = base.url() + "/chat/completions"
+    costs: dict[str, list[float]] = {}
+    async with (
+        bare.session() as http,
+        brimful.LLMManager.from_config(configuration(base.url(), max_size=AT_ONCE)) as manager,
+    ):
+        client = manager.get_client()
+        semaphore = asyncio.Semaphore(AT_ONCE)
+
+        async def theirs() -> None:
+            async with semaphore:
+                await bare.complete(http, url, BODY)
+
+        async def ours() -> None:
+            await client.complete(PROMPT)
+
+        async def crowd(work: Work, size: int) -> float:
+            started = time.process_time()
+            for _ in range(max(sizes) // size):
+                await asyncio.gather(*(work() for _ in range(size)))
+            return (time.process_time() - started) / max(sizes) * 1e6
+
+        for number in range(rounds + 1):
+            for collector in (True, False):
+                for name, work in (("brimful", ours), ("bare", theirs)):
+                    for size in sizes:
+                        gc.collect()
+                        (gc.enable if collector else gc.disable)()
+                        cost = await crowd(work, size)
+                        gc.enable()
+                        if number:
+                            key = f"{name} {size} {'collected' if collector else 'uncollected'}"
+                            costs.setdefault(key, []).append(cost)
+    medians = {key: statistics.median(values) for key, values in costs.items()}
+
+    def growth(name: str, collector: str) -> float:
+        few, many = (medians[f"{name} {size} {collector}"] for size in sizes)
+        return many / few
+
+    return {
+        "brimful_growth_uncollected": round(growth("brimful", "uncollected"), 3),
+        "brimful_growth": round(growth("brimful", "collected"), 3),
+        "bare_growth": round(growth("bare", "collected"), 3),
+        "growth_ratio": round(growth("brimful", "collected") / growth("bare", "collected"), 3),
+    }
+
+
 async def waiting(base: CannedServer) -> dict[str, Any]:
     """Calls in the queue: bytes each, and what their mere presence costs while its head is blocked."""
     config = configuration(base.url(), requests=1)
     messages = [brimful.Message(brimful.MessageRole.USER, PROMPT)]
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"cost by queue": await crowds(base)}
     async with brimful.LLMManager.from_config(config) as manager:
         client = manager.get_client()
         await asyncio.gather(*(client.complete(messages) for _ in range(3)))
