@@ -237,8 +237,9 @@ async def test_a_port_can_accept_and_never_answer(client: Client) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", simulator.stalled_port)
         writer.write(b"GET / HTTP/1.1\r\n\r\n")
         await writer.drain()
-        while not simulator.stalled:
-            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            while not simulator.stalled:
+                await asyncio.sleep(0)
         assert (await client.ask(simulator, "anthropic")).status == 200
     # Closing the simulator ends what would never have ended.
     assert await reader.read() == b""
