@@ -59,6 +59,11 @@ def sse(data: bytes) -> None:
     assert _events(given.pieces, bounds) == whole, "cut, the events are others"
     assert _events(_single_bytes(given.body), bounds) == whole, "byte by byte, the events are others"
     events, overflow, _ = whole
+    for pieces in ([given.body], given.pieces, _single_bytes(given.body)):
+        decoder = SSEDecoder(**bounds)
+        payloads = [payload for piece in pieces for payload in decoder.payloads(piece)]
+        assert payloads == [data for data, _, _ in events], "the payloads are not those of the events"
+        assert decoder.overflow == overflow
     if overflow:
         assert events == _by_the_rules(given.body)[: len(events)]
     else:
