@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias, Unpack
 from weakref import WeakKeyDictionary
 
+import msgspec
+
 from ..middleware.base import Call, Context, Middleware, Reply, compose
 from ..middleware.logging import LoggingMiddleware
 from ..middleware.metrics import MetricsMiddleware
@@ -32,6 +34,7 @@ from ..stores.memory import MemoryStore
 from ..transports.base import Transport
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock, SystemClock
+from ..utils.redact import credentials
 from . import config
 from .client import Home, LLMClient, Pipeline
 from .endpoint import Endpoint, Prober
@@ -196,6 +199,7 @@ class LLMManager:
     def get_status(self) -> dict[str, Any]:
         """Where everything stands: ``providers`` (clients, keys, queue, limits, connections), ``metrics``, ``events``.
 
+        A key's ``vendor_limits`` are what the headers of its last answer said.
         Keys appear by their place in the configuration (``anthropic/2``); no secret and no prompt is in it.
         """
         return {
@@ -297,7 +301,13 @@ class LLMManager:
         if arrange is not None:
             layers = arrange(list(layers))
         endpoint = Endpoint(
-            provider, transport, pool, clock=clock, events=self.events, attempt_timeout=settings.timeouts.attempt
+            provider,
+            transport,
+            pool,
+            clock=clock,
+            events=self.events,
+            attempt_timeout=settings.timeouts.attempt,
+            credentials=_credentials(settings),
         )
         pipeline = Pipeline(
             settings.name,
@@ -343,6 +353,9 @@ class LLMManager:
 
     def _provider_status(self, line: _Line) -> dict[str, Any]:
         status = line.pool.statistics()
+        for key, shown in zip(line.pool.keys, status["keys"], strict=True):
+            told = line.provider.limits(key.headers) if key.headers is not None else None
+            shown["vendor_limits"] = msgspec.to_builtins(told)
         status["limits"] = line.limiter.statistics()
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
@@ -383,6 +396,17 @@ def _wake(sleeper: asyncio.Future[None]) -> None:
 
 async def _refuse(call: Call) -> Reply:
     raise LLMConnectionError("the manager is closed", provider=call.provider, retryable=False)
+
+
+def _credentials(settings: ProviderSettings) -> list[str]:
+    """The secrets beside the keys that a request may carry past somebody who could echo them."""
+    proxies = [settings.transport.proxy]
+    if settings.transport.proxy == "environment":
+        proxies += [value for name, value in os.environ.items() if name.lower().endswith("_proxy")]
+    found = {*credentials(settings.extra_headers)}
+    for proxy in proxies:
+        found.update(credentials(None, proxy))
+    return [secret for secret in found if secret]
 
 
 def _http_transport(settings: ProviderSettings, clock: Clock) -> Transport:
