@@ -9,22 +9,16 @@ returns by itself.
 
 A permit reserves requests, input and output tokens in the key's ledger and holds a pooled client. Settling it corrects
 the ledger by what the attempt turned out to cost, and gives the client back.
-
-Those who leave a queue are taken out of the sums at once and out of the containers later: when they come to the head,
-or when there are more of them than of those who wait. They hold nothing of their call.
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
 from heapq import heapify, heappop, heappush
 from math import inf
-from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from ..core.events import CallAdmitted, CallQueued, Events
 from ..core.exceptions import (
@@ -34,9 +28,10 @@ from ..core.exceptions import (
     LLMRequestTooLargeError,
 )
 from ..core.types import Cost, KeyRef, LLMResponse, ObservedLimits, Request, Settlement, Usage
-from ..utils.alarms import Alarm, Alarms
+from ..utils.alarms import Alarms
 from ..utils.clock import Clock, TimerHandle
 from ..utils.sliding_window import NOTHING, Ledger, Reservation, time_until
+from ..utils.waiting import Line, Waiter
 from .base import Call, Handler, KeyPool, Lease, PoolKey, Reply
 
 OUTPUT_GUESS = 512
@@ -348,9 +343,18 @@ class RateLimitMiddleware:
             self._refuse_the_hopeless(call, ticket, call.deadline, route, cost, now)
         queue = self._queues.get(route)
         if queue is None:
-            queue = self._queues[route] = _Queue(route)
+            queue = self._queues[route] = Line(route, self._report_wait)
         self._arrivals += 1
-        waiter = _Waiter(self, call, self._arrivals, queue, cost, now)
+        waiter: _Waiter = Waiter(
+            queue,
+            call_id=call.id,
+            provider=call.provider,
+            model=call.model,
+            ticket=ticket,
+            arrival=self._arrivals,
+            cost=cost,
+            since=now,
+        )
         queue.add(waiter)
         self._waiting += 1
         if call.deadline is not None:
@@ -378,7 +382,7 @@ class RateLimitMiddleware:
 
     def _remove(self, waiter: _Waiter) -> None:
         waiter.alive = False
-        waiter.queue.subtract(waiter)
+        waiter.line.subtract(waiter)
         self._waiting -= 1
         self._left += 1
 
@@ -542,7 +546,7 @@ class RateLimitMiddleware:
                     provider=waiter.provider,
                     call_id=waiter.call_id,
                     waited=now - waiter.since,
-                    ahead=waiter.queue.position(waiter),
+                    ahead=waiter.line.position(waiter),
                 )
             )
 
@@ -568,121 +572,8 @@ class _Blocked(Enum):
     """A key could admit it, and no client is free."""
 
 
-class _Waiter(Alarm):
-    """A call in the queue. *outcome* is set before the future is: a grant, or the error to raise."""
-
-    __slots__ = (
-        "alive",
-        "arrival",
-        "call_id",
-        "cost",
-        "future",
-        "limiter",
-        "model",
-        "outcome",
-        "provider",
-        "queue",
-        "since",
-        "starved_before",
-        "ticket",
-    )
-
-    def __init__(
-        self, limiter: RateLimitMiddleware, call: Call, arrival: int, queue: _Queue, cost: Cost, since: float
-    ) -> None:
-        assert call.ticket is not None
-        self.limiter = limiter
-        # Not the call itself: containers hold a waiter longer than it waits, and must not hold a prompt with it.
-        self.call_id = call.id
-        self.provider = call.provider
-        self.model = call.model
-        self.ticket = call.ticket
-        self.arrival = arrival
-        self.queue = queue
-        self.cost = cost
-        self.since = since
-        self.starved_before = queue.starved(since)
-        self.future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.outcome: _Grant | LLMException | None = None
-        self.alive = True
-
-    def ring(self) -> None:
-        """It waits long: tell, and tell again after a while."""
-        self.limiter._report_wait(self)
-
-
-_TICKET = attrgetter("ticket")
-
-
-class _Queue:
-    """Those who wait for one route, the oldest ticket first."""
-
-    __slots__ = ("_alive", "_input_tokens", "_requests", "_starved", "arrived", "route", "starved_since", "waiters")
-
-    def __init__(self, route: tuple[PoolKey, ...]) -> None:
-        self.route = route
-        self.waiters: deque[_Waiter] = deque()
-        """In the order of their tickets."""
-        self.arrived: deque[_Waiter] = deque()
-        """In the order in which they came: a renewal comes late with an old ticket."""
-        self._alive = self._requests = self._input_tokens = 0
-        self._starved = 0.0
-        self.starved_since: float | None = None
-
-    def add(self, waiter: _Waiter) -> None:
-        waiters = self.waiters
-        if not waiters or waiter.ticket > waiters[-1].ticket:
-            waiters.append(waiter)
-        else:
-            # A renewal: it keeps the place that its ticket gives it.
-            insort(waiters, waiter, key=_TICKET)
-        self.arrived.append(waiter)
-        self._alive += 1
-        self._requests += waiter.cost.requests
-        self._input_tokens += waiter.cost.input_tokens
-
-    def subtract(self, waiter: _Waiter) -> None:
-        """Of the sums; the waiter itself stays where it is until it is at the head, or swept."""
-        self._alive -= 1
-        self._requests -= waiter.cost.requests
-        self._input_tokens -= waiter.cost.input_tokens
-        while self.arrived and not self.arrived[0].alive:
-            self.arrived.popleft()
-
-    def sweep(self) -> None:
-        self.waiters = deque(waiter for waiter in self.waiters if waiter.alive)
-        self.arrived = deque(waiter for waiter in self.arrived if waiter.alive)
-
-    def need_before(self, ticket: int) -> tuple[int, int]:
-        """Requests and input tokens of those who are older than *ticket*."""
-        if not self.waiters or self.waiters[-1].ticket < ticket:
-            return self._requests, self._input_tokens
-        older = [waiter.cost for waiter in self.waiters if waiter.alive and waiter.ticket < ticket]
-        return sum(cost.requests for cost in older), sum(cost.input_tokens for cost in older)
-
-    def position(self, waiter: _Waiter) -> int:
-        """How many stand before *waiter*."""
-        if self._alive < len(self.waiters):
-            self.sweep()
-        return bisect_left(self.waiters, waiter.ticket, key=_TICKET)
-
-    def starve(self, starving: bool, now: float) -> None:
-        """Count the time in which the head is held up by nothing but the lack of a client."""
-        if starving and self.starved_since is None:
-            self.starved_since = now
-        elif not starving and self.starved_since is not None:
-            self._starved = self.starved(now)
-            self.starved_since = None
-
-    def starved(self, now: float) -> float:
-        """Seconds of such time, in all."""
-        return self._starved + (now - self.starved_since if self.starved_since is not None else 0.0)
-
-    def patience(self, timeout: float, now: float) -> float:
-        """Seconds until somebody has waited *timeout* seconds of such time; infinite while none is passing."""
-        if self.starved_since is None or not self.arrived:
-            return inf
-        return timeout - (self.starved(now) - self.arrived[0].starved_before)
+_Waiter: TypeAlias = Waiter[PoolKey, _Grant | LLMException]
+_Queue: TypeAlias = Line[PoolKey, _Grant | LLMException]
 
 
 class _Permit:
