@@ -11,8 +11,8 @@ PYTHON ?=
 VERSION ?= 3.13
 BIN := .venv/bin
 # Only what is there: examples and benches are checked as soon as they exist.
-CODE := $(wildcard src tests examples bench)
-TYPED := $(wildcard src/llm tests examples bench)
+CODE := $(wildcard src tests examples bench fuzz)
+TYPED := $(wildcard src/llm tests examples bench fuzz)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -93,7 +93,7 @@ requirements:  ## pin requirements/dev.in anew, with hashes
 
 clean:  ## remove .venv and all that was made
 	rm -rf .venv .venv-* .tools build dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	find src tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests examples bench fuzz -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # ---------------------------------------------------------------- set-up
 
