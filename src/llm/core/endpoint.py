@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 from msgspec.structs import force_setattr
@@ -12,7 +13,7 @@ from ..providers.base import Provider
 from ..transports.base import Exchange, Transport, TransportResponse
 from ..utils.alarms import Alarms, Limit
 from ..utils.clock import Clock
-from ..utils.redact import redact
+from ..utils.redact import credentials, redact
 from .events import Events
 from .exceptions import (
     AttemptRecord,
@@ -68,7 +69,8 @@ class Prober:
 class Endpoint:
     """Sends one attempt with the key that was admitted, and decodes the answer.
 
-    *attempt_timeout* (seconds) bounds the attempt; of a stream, the time until its first content.
+    *attempt_timeout* (seconds) bounds the attempt; of a stream, the time until its first content. *credentials* are
+    secrets beside the key, which no error may repeat.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Endpoint:
         clock: Clock,
         events: Events,
         attempt_timeout: float | None,
+        credentials: Sequence[str] = (),
     ) -> None:
         self._provider = provider
         self._transport = transport
@@ -87,6 +90,7 @@ class Endpoint:
         self._clock = clock
         self._events = events
         self._alarms = Alarms(attempt_timeout, clock) if attempt_timeout is not None else None
+        self._credentials = credentials
         self._warned: set[tuple[str, str]] = set()
         self._streams: set[ResponseStream] = set()
         """Those that are open, so that closing reaches also those that nobody is reading."""
@@ -243,7 +247,7 @@ class Endpoint:
         error.model = error.model or model
         error.key_id = key.ref.id
         error.attempts = call.attempts
-        redact(error, key.secret())
+        redact(error, key.secret(), *self._credentials, *credentials(call.request.options.extra_headers))
 
     def _note(
         self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException | None

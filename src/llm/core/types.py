@@ -150,6 +150,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """Merged into the request's JSON body last, as it is."""
     extra_headers: dict[str, str] | None = None
 
+    def __repr__(self) -> str:
+        # A gateway's token is a header like any other.
+        said = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        if self.extra_headers is not None:
+            said["extra_headers"] = dict.fromkeys(self.extra_headers, "***")
+        return f"Options({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+
 
 class CallOptions(TypedDict, total=False):
     """The keyword arguments of ``chat``, ``complete`` and ``stream_complete``; :class:`Options` explains them."""
