@@ -43,10 +43,9 @@ unit: setup  ## the tests alone
 
 # uvloop sleeps where no signal wakes Python, hence the other way of ending what hangs.
 test-uvloop: setup  ## the tests on uvloop in place of the standard event loop
-	$(BIN)/python -m pytest --loop uvloop --timeout-method thread
+	$(BIN)/python -m pytest --again --loop uvloop --timeout-method thread
 
-# Beside the usual .venv, and without what does not depend on the interpreter. A version manager's shim runs when told
-# its version, so that is tried too.
+# Beside the usual .venv. A version manager's shim runs only when it is told its version.
 test-python:  ## the tests on another interpreter, in a .venv of its own: make test-python VERSION=3.13
 	@set -e; \
 	python=python$(VERSION); \
@@ -62,7 +61,7 @@ test-python:  ## the tests on another interpreter, in a .venv of its own: make t
 	  $$other/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
 	  touch $$other/.ready; \
 	fi; \
-	$$other/bin/python -m pytest -p no:cacheprovider
+	$$other/bin/python -m pytest --again -p no:cacheprovider
 
 test-long: setup  ## the tests that take minutes of wall clock
 	$(BIN)/python -m pytest -m long --timeout 600; status=$$?; [ $$status -eq 5 ] && exit 0; exit $$status

@@ -10,6 +10,8 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
 HERE = Path(__file__).parent
+ONCE = {"test_examples.py", "test_house.py", "test_soak.py", "test_strict_window.py"}
+"""They take half of the time, mostly by waiting, and start processes or loops of their own."""
 
 # No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be repeatable.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -87,6 +89,11 @@ class OtherLoop:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--loop", choices=["asyncio", "uvloop"], default="asyncio", help="the kind of event loop")
+    parser.addoption("--again", action="store_true", help="without the slow files whose second run would tell nothing")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--again") and collection_path.name in ONCE else None
 
 
 def pytest_configure(config: pytest.Config) -> None:
