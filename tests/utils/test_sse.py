@@ -65,6 +65,7 @@ def decode(*pieces: bytes, max_event_bytes: int = 1 << 23) -> list[Event]:
         (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [Event(b"b")]),
         (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [Event(b"a")]),
         (b"\xef\xbb\xbf\n\ndata: a\n\n", [Event(b"a")]),
+        (b"\n\xef\xbb\xbfdata: a\n\n", []),
         (b"\xef\xbbdata: a\n\n", []),
         (b"", []),
     ],
@@ -190,6 +191,13 @@ def test_an_unfinished_event_is_pending() -> None:
     assert repr(decoder) == "<SSEDecoder: 7 bytes pending>"
 
 
+@pytest.mark.parametrize("start", [b"\n\n", b"\xef\xbb\xbf", b"data: a\n\n", b"\r\n\r\n"])
+def test_what_has_been_read_for_good_is_not_pending(start: bytes) -> None:
+    decoder = SSEDecoder()
+    decoder.feed(start)
+    assert decoder.pending == b""
+
+
 def test_a_large_event_fed_byte_by_byte_costs_no_more_than_its_length() -> None:
     """Ten times the bytes cost ten times the time, not a hundred times."""
 
@@ -228,3 +236,45 @@ def test_payloads_of_whole_events_are_their_data(pieces: list[bytes]) -> None:
     for piece in pieces:
         assert cheap.payloads(piece) == [event.data for event in full.feed(piece)]
     assert cheap.payloads(b"".join(pieces)) == [event.data for event in full.feed(b"".join(pieces))]
+
+
+@pytest.mark.parametrize(
+    ("text", "payloads"),
+    [
+        (b"data: {}\n\ndata: ab\n\ndata: [DONE]\n\n", [b"{}", b"ab", b"[DONE]"]),
+        (b"event: ab\ndata: {}\n\nevent: c\ndata: d\n\n", [b"{}", b"d"]),
+        (b"event: ab\nid: 1\n\nevent: c\ndata:d\n\n", [b"d"]),
+        (b"event:a\ndata: b\n\nevents: c\ndata: d\n\n", [b"b", b"d"]),
+        (b"data: a\ndata: b\n\ndata: c\n\n", [b"a\nb", b"c"]),
+        (b"data: a\n\n\ndata: b\n\n\n\ndata: c\n\n", [b"a", b"b", b"c"]),
+        (b"event: a\ndata: b\ndata: c\n\ndata: d\n\n", [b"b\nc", b"d"]),
+        (b"data: a\r\n\r\ndata: b\r\ndata: c\n\ndata: d\n\n", [b"a", b"b\nc", b"d"]),
+        (b"data: a\r\r\ndata: b\n\n", [b"a", b"b"]),
+        (b"data: a\n\nxdata: b\n\ndata: cdata: d\n\n", [b"a", b"cdata: d"]),
+        (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [b"a"]),
+        (b"\xef\xbb\xbfdata: a\n\ndata: b\n\ndata: c", [b"a", b"b"]),
+    ],
+)
+def test_payloads_are_the_same_wherever_the_stream_is_cut(text: bytes, payloads: list[bytes]) -> None:
+    """There is a short way for the usual reads, and it must lead to the same place."""
+    for i in range(len(text) + 1):
+        for j in range(i, len(text) + 1):
+            cheap, full = SSEDecoder(), SSEDecoder()
+            found = []
+            for piece in (text[:i], text[i:j], text[j:]):
+                found += cheap.payloads(piece)
+                full.feed(piece)
+                assert cheap.pending == full.pending
+            assert found == payloads
+
+
+def test_payloads_end_with_the_event_that_is_too_large() -> None:
+    decoder = SSEDecoder(max_event_bytes=10)
+    assert decoder.payloads(b"data: a\n\n") == [b"a"]
+    assert decoder.payloads(b"data: " + b"x" * 5) == []
+    assert decoder.overflow
+    assert decoder.payloads(b"data: b\n\n") == []
+
+
+def test_an_event_can_be_compared_and_kept_in_a_set() -> None:
+    assert {Event(b"a"), Event(b"a"), Event(b"b")} == {Event(b"a"), Event(b"b")}
