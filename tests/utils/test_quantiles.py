@@ -57,3 +57,7 @@ def test_memory_is_bounded_by_the_range_and_not_by_the_series(values: list[float
 
 def test_the_whole_range_has_as_many_buckets_as_the_docstring_says() -> None:
     assert len(filled([1e-6 * 1.01**step for step in range(2780)])._buckets) <= 1396
+
+
+def test_a_share_above_one_is_the_largest() -> None:
+    assert filled([1.0, 2.0, 3.0]).quantile(1.5) == 3.0
