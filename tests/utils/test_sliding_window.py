@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llm.core.types import Cost
 from llm.testing.journal import check_window
-from llm.utils.sliding_window import NOTHING, Ledger, Reservation, time_until
+from llm.utils.sliding_window import MIN_COMPACT, NOTHING, Ledger, Reservation, time_until
 
 WINDOW, GUARD = 8.0, 0.25
 SPAN = WINDOW + GUARD
@@ -225,6 +225,20 @@ def test_a_moment_between_permit_and_departure_is_left_to_the_guard() -> None:
     assert ledger.next_expiry(1.0) == SPAN
 
 
+def test_more_than_a_moment_between_permit_and_departure_is_not_left_to_the_guard() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    reservation.sent(0.015)
+    assert ledger.next_expiry(1.0) == 0.015 + SPAN
+
+
+def test_unless_told_otherwise_a_window_is_a_minute_and_a_quarter_second() -> None:
+    ledger = Ledger(requests=1)
+    send(ledger, Cost(), 0.0)
+    assert ledger.next_expiry(0.0) == 60.25
+
+
 def test_without_a_guard_there_is_nothing_to_leave_to_it() -> None:
     ledger = Ledger(requests=1, window=WINDOW, guard=0.0)
     reservation = ledger.reserve(Cost(), now=0.0)
@@ -299,6 +313,87 @@ def test_refunds_do_not_make_the_log_longer_than_the_limits() -> None:
             reservation.settle(NOTHING, now=0.0)
     assert len(ledger._log) <= 100
     assert ledger.requests_used == 0
+
+
+def test_refunds_behind_a_request_that_stays_do_not_make_the_log_longer() -> None:
+    """What is withdrawn lies in the middle of the log, where it cannot simply be popped."""
+    ledger = Ledger(requests=10, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0)
+    for _ in range(1000):
+        held = [ledger.reserve(Cost(), now=1.0) for _ in range(9)]
+        assert ledger.reserve(Cost(), now=1.0) is None
+        for reservation in held:
+            assert reservation is not None
+            reservation.settle(NOTHING, now=1.0)
+    assert len(ledger._log) <= 2 * MIN_COMPACT + 10
+    assert ledger.requests_used == 1
+    assert ledger.next_expiry(1.0) == SPAN
+    for _ in range(9):
+        send(ledger, Cost(), 2.0)
+    assert ledger.next_expiry(SPAN) == 2.0 + SPAN
+    assert ledger.requests_used == 9
+
+
+# -- another loop ----------------------------------------------------------------------------------------------------
+
+
+def test_a_successor_counts_what_was_sent_and_keeps_its_time() -> None:
+    ledger = Ledger(requests=3, input_tokens=100, output_tokens=50, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(1, 10, 20), 0.0).settle(Cost(1, 8, 5), now=1.0)
+    successor = ledger.successor(2.0)
+    assert repr(successor) == repr(ledger) == "<Ledger requests 1/3, input 8/100, output 5/50 + 0 open>"
+    assert successor.span == SPAN
+    assert successor.next_expiry(2.0) == SPAN
+    assert successor.next_expiry(SPAN) == 1.0 + SPAN
+    assert successor.next_expiry(1.0 + SPAN) is None
+    assert repr(successor) == "<Ledger requests 0/3, input 0/100, output 0/50 + 0 open>"
+
+
+def test_a_successor_counts_what_was_open_as_spent_now_and_hears_of_it_no_more() -> None:
+    ledger = Ledger(requests=3, input_tokens=100, output_tokens=50, window=WINDOW, guard=GUARD)
+    flying, waiting = send(ledger, Cost(1, 10, 20), 0.0), ledger.reserve(Cost(1, 30, 5), now=1.0)
+    assert waiting is not None
+    successor = ledger.successor(2.0)
+    spent = "<Ledger requests 2/3, input 40/100, output 25/50 + 0 open>"
+    assert repr(successor) == spent
+    flying.settle(Cost(1, 90, 50), now=3.0)
+    waiting.settle(NOTHING, now=3.0)
+    assert repr(successor) == spent
+    assert [successor.next_expiry(now) for now in (3.0, SPAN, 1.0 + SPAN, 2.0 + SPAN)] == [
+        SPAN,
+        1.0 + SPAN,
+        2.0 + SPAN,
+        None,
+    ], "also what was waiting to leave goes after a window: nobody will say that it left"
+
+
+def test_a_successor_takes_over_nothing_that_was_given_back_or_is_over() -> None:
+    ledger = Ledger(requests=3, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0)
+    refunded = ledger.reserve(Cost(), now=5.0)
+    assert refunded is not None
+    send(ledger, Cost(), 5.0)
+    refunded.settle(NOTHING, now=5.0)
+    successor = ledger.successor(SPAN)
+    assert len(successor._log) == 1
+    assert successor.requests_used == 1
+
+
+def test_a_successor_leaves_as_little_to_the_guard_as_its_predecessor() -> None:
+    def stamped(ledger: Ledger, sent: float) -> float | None:
+        reservation = ledger.reserve(Cost(), now=0.0)
+        assert reservation is not None
+        reservation.sent(sent)
+        return ledger.next_expiry(0.0)
+
+    assert stamped(Ledger(requests=1, window=WINDOW, guard=GUARD).successor(0.0), 0.005) == SPAN
+    assert stamped(Ledger(requests=1, window=WINDOW, guard=0.0).successor(0.0), 0.005) == WINDOW + 0.005
+
+
+def test_a_successor_without_limits_keeps_no_log() -> None:
+    ledger = Ledger()
+    send(ledger, Cost(1, 10, 10), 0.0)
+    assert ledger.successor(1.0).next_expiry(1.0) is None
 
 
 # -- time_until ------------------------------------------------------------------------------------------------------
@@ -433,3 +528,8 @@ def test_a_limit_of_nothing_keeps_everything_out(dimension: str) -> None:
     ledger = Ledger(**{dimension: 0})
     assert ledger.reserve(Cost(1, 1), now=0.0) is None
     assert time_until([ledger], Cost(1, 1), now=0.0) == float("inf")
+    assert time_until([ledger], Cost(1, 1), Cost(1, 1), now=0.0) == float("inf")
+
+
+def test_without_any_key_a_call_waits_for_ever() -> None:
+    assert time_until([], Cost(), now=0.0) == float("inf")
