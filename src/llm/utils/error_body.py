@@ -71,14 +71,13 @@ def _text(value: Any) -> str:
         return str(value)[:MAX_MESSAGE]
     if isinstance(value, list):
         return "; ".join(_text(item) for item in value[:20])[:MAX_MESSAGE]
-    if isinstance(value, dict):
-        words = value.get("msg") or value.get("message") or value.get("detail")
-        where = value.get("loc")
-        if isinstance(words, str):
-            place = ".".join(str(part) for part in where[:20]) + ": " if isinstance(where, list) else ""
-            return (place + words)[:MAX_MESSAGE]
-        return _text(words) if words is not value else ""
-    return ""
+    # An object is all that is left.
+    words = value.get("msg") or value.get("message") or value.get("detail")
+    where = value.get("loc")
+    if isinstance(words, str):
+        place = ".".join(str(part) for part in where[:20]) + ": " if isinstance(where, list) else ""
+        return (place + words)[:MAX_MESSAGE]
+    return _text(words)
 
 
 def _plain(body: bytes) -> str:
