@@ -252,8 +252,10 @@ class ResponseStream:
             self._seen += chunks
             if not self._content:
                 self._content = any(chunk.has_content for chunk in chunks)
-        if decoder.error is not None:
-            self._fail(decoder.error)
+        if (failure := decoder.error) is not None:
+            # Not kept there as well: once it is raised its traceback leads to this stream, and so to its decoder.
+            decoder.error = None
+            self._fail(failure)
         elif decoder.done:
             self._settle(None)
 
