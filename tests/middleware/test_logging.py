@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from llm.core.events import Events, KeyParked
 from llm.core.exceptions import LLMConnectionError, LLMException
 from llm.core.types import Message, MessageRole, Request
 from llm.middleware.base import Call
@@ -336,6 +337,24 @@ async def test_a_filter_that_raises_is_counted_too() -> None:
 # ---------------------------------------------------------------- alone
 
 
+REQUEST = Request((Message(MessageRole.USER, "x"),), "m")
+
+
+@contextmanager
+def own(level: int, events: Events | None = None) -> Iterator[tuple[LoggingMiddleware, Keep]]:
+    """The layer with a logger of its own, which writes from *level* on."""
+    keep = Keep()
+    logger = logging.getLogger("tests.own")
+    before = logger.level
+    logger.addHandler(keep)
+    logger.setLevel(level)
+    try:
+        yield LoggingMiddleware(clock=FakeClock(), logger=logger, events=events), keep
+    finally:
+        logger.removeHandler(keep)
+        logger.setLevel(before)
+
+
 async def test_it_works_alone_with_a_logger_of_its_own() -> None:
     keep = Keep()
     logger = logging.getLogger("tests.own")
@@ -352,6 +371,29 @@ async def test_it_works_alone_with_a_logger_of_its_own() -> None:
     assert [record.getMessage() for record in keep.records] == [
         "7: failed after 0.000 s and 0 attempts: LLMConnectionError: lost"
     ]
+
+
+async def test_an_error_of_the_users_own_is_recorded_without_what_only_ours_have() -> None:
+    with own(logging.INFO) as (layer, keep):
+
+        async def answering(call: Call) -> Any:
+            raise ZeroDivisionError("a layer of the user's")
+
+        with pytest.raises(ZeroDivisionError):
+            await layer(Call("7", REQUEST, provider="p", model="m", started=1_000.0), answering)
+    [record] = keep.records
+    assert record.getMessage() == "7: failed after 0.000 s and 0 attempts: ZeroDivisionError: a layer of the user's"
+    assert vars(record)["error"] == "ZeroDivisionError"
+    assert not hasattr(record, "status")
+
+
+def test_a_logger_that_wants_errors_only_hears_of_no_warning() -> None:
+    parked = KeyParked(at=0.0, provider="p", key_id="p/1", reason="revoked")
+    for level, expected in ((logging.ERROR, []), (logging.WARNING, ["p: key p/1 is parked: revoked"])):
+        events = Events()
+        with own(level, events) as (_, keep):
+            events.publish(parked)
+        assert [record.getMessage() for record in keep.records] == expected
 
 
 async def test_switched_off_it_writes_nothing(records: list[logging.LogRecord]) -> None:
