@@ -2,7 +2,8 @@
 
 It imports nothing of the package. What it sends is realistic (a vendor's headers, a reply of 1 KB, events of 300
 bytes), and how it sends is the path's business: ``/v1/…`` answers at once, a streamed request under ``/burst/v1/…``
-gets all events in one segment, one under ``/paced/v1/…`` one event a segment.
+gets all events in one segment, one under ``/paced/v1/…`` one event a segment. ``…/v1/messages`` is Anthropic's dialect
+(at once or in a burst), any other path OpenAI's.
 
 Run as a script it prints its port and serves until its standard input ends.
 """
@@ -99,6 +100,60 @@ BURST = HEAD + chunked(b"".join(PIECES)) + b"0\r\n\r\n"
 SEGMENTS = [HEAD + chunked(PIECES[0]), *map(chunked, PIECES[1:-1]), chunked(PIECES[-1]) + b"0\r\n\r\n"]
 
 
+MESSAGE_USAGE = {
+    "input_tokens": 21,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 0,
+    "output_tokens": 97,
+    "service_tier": "standard",
+}
+
+
+def message(text: str | None = None) -> dict[str, object]:
+    """Anthropic's answer: whole with *text*, without it as a stream begins."""
+    return {
+        "id": "msg_01XqCy2bVt0pZ7Yh3KcD9eFg",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-haiku-5-5",
+        "content": [] if text is None else [{"type": "text", "text": text}],
+        "stop_reason": None if text is None else "end_turn",
+        "stop_sequence": None,
+        "usage": MESSAGE_USAGE,
+    }
+
+
+def message_event(kind: str, **fields: object) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (kind.encode(), json.dumps({"type": kind, **fields}).encode())
+
+
+MESSAGE = json.dumps(message(TEXT)).encode()
+MESSAGE_WHOLE = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+    + HEADERS
+    + b"content-length: %d\r\n\r\n" % len(MESSAGE)
+    + MESSAGE
+)
+MESSAGE_PIECES = [
+    message_event("message_start", message=message()),
+    message_event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+    *(
+        message_event(
+            "content_block_delta",
+            index=0,
+            delta={"type": "text_delta", "text": f" piece number {number:04d} of the text"},
+        )
+        for number in range(EVENTS)
+    ),
+    message_event("content_block_stop", index=0),
+    message_event(
+        "message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None}, usage={"output_tokens": 97}
+    ),
+    message_event("message_stop"),
+]
+MESSAGE_BURST = HEAD + chunked(b"".join(MESSAGE_PIECES)) + b"0\r\n\r\n"
+
+
 class Server(asyncio.Protocol):
     """HTTP/1.1 for the one client there is: requests have a content-length and are never pipelined."""
 
@@ -120,7 +175,9 @@ class Server(asyncio.Protocol):
         if len(self.buffer) < end + 4 + length:
             return
         self.buffer = b""
-        if b"/burst/" in head[:64]:
+        if b"/v1/messages" in head[:64]:
+            self.transport.write(MESSAGE_BURST if b"/burst/" in head[:64] else MESSAGE_WHOLE)
+        elif b"/burst/" in head[:64]:
             self.transport.write(BURST)
         elif b"/paced/" in head[:64]:
             self.send(0)
