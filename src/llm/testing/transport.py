@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from functools import partial
 from inspect import isawaitable
 
 import msgspec
@@ -98,22 +99,23 @@ class ScriptedTransport:
             "in_flight": self._in_flight,
         }
 
-    async def pause(self, seconds: float) -> None:
-        """Wait on the transport's clock; closing the transport ends the wait with an LLMConnectionError."""
+    async def pause(self, seconds: float, response: ScriptedResponse | None = None) -> None:
+        """Wait on the transport's clock; closing it, or *response*, ends the wait with LLMConnectionError."""
         if seconds <= 0:
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def wake() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        timer = None if math.isinf(seconds) else self._clock.call_at(self._clock.now() + seconds, wake)
+        if response is not None:
+            response.reading = waiter
+        timer = (
+            None if math.isinf(seconds) else self._clock.call_at(self._clock.now() + seconds, partial(_wake, waiter))
+        )
         self._waiting.add(waiter)
         try:
             await waiter
         finally:
             self._waiting.discard(waiter)
+            # It holds the error that it raised, whose traceback holds this frame.
+            del waiter
             if timer is not None:
                 timer.cancel()
 
@@ -153,6 +155,8 @@ class ScriptedResponse:
         self._pieces = iter(whole if answer.pieces is None else answer.pieces)
         self._transport = transport
         self._failure: BaseException | None = None
+        self.reading: asyncio.Future[None] | None = None
+        """What a read waits for."""
         self.closed = False
         """Whether the connection has been let go, at the body's end or before."""
 
@@ -177,20 +181,30 @@ class ScriptedResponse:
                     return piece
                 continue
             try:
-                await self._transport.pause(piece)
+                await self._transport.pause(piece, self)
             except BaseException:
                 self.close()
                 raise
+            finally:
+                self.reading = None
         self._let_go(reusable=True)
         return b""
 
     def close(self) -> None:
         self._let_go(reusable=False)
+        reading = self.reading
+        if reading is not None and not reading.done() and not reading.get_loop().is_closed():
+            reading.set_exception(LLMConnectionError("the response was closed", sent=True))
 
     def _let_go(self, *, reusable: bool) -> None:
         if not self.closed:
             self.closed = True
             self._transport.ended(reusable=reusable)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _reader(answers: Iterator[Answer], transport: ScriptedTransport) -> Callable[[HTTPRequest], Answer]:
