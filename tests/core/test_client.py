@@ -179,3 +179,10 @@ async def test_a_stream_whose_opening_failed_raises_what_failed() -> None:
         with pytest.raises(LLMException, match="bad"):
             async with r.client.stream_complete(PROMPT):
                 raise AssertionError("not reached")
+
+
+async def test_the_iterator_of_a_plain_loop_is_an_iterator_and_can_be_handed_on() -> None:
+    async with rig([stream(delta("hel"), delta("lo"), END)]) as r:
+        chunks = aiter(r.client.stream_complete(PROMPT))
+        assert (await anext(chunks)).text == "hel"
+        assert "".join([chunk.text async for chunk in chunks]) == "lo"

@@ -420,6 +420,7 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (provider(base_url=f"https://host/?key={KEY}"), ["base_url: must end with its path"]),
     (provider(transport={"proxy": KEY}), ["transport.proxy: expected a URL", "`environment` or `none`"]),
     (provider(transport={"ca_file": "no/such.pem"}), ["transport.ca_file: names a file that does not exist"]),
+    (provider(transport={"ca_file": "x" * 5000}), ["transport.ca_file: names a file that does not exist"]),
     (provider(transport={"client_key": __file__}), ["providers.openai.transport: client_key needs client_cert"]),
     (provider(transport={"ca_file": "\0"}), ["transport.ca_file: holds a line break or a control character"]),
     # names

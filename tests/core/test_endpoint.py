@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from llm.core.endpoint import PROBE_SECONDS
 from llm.core.exceptions import (
     LLMAuthenticationError,
     LLMConfigurationError,
@@ -237,6 +238,35 @@ async def test_the_deadline_ends_a_403s_probe_and_the_call_gets_its_own_error() 
         await r.clock.advance(2.0)
         with pytest.raises(LLMAuthenticationError, match="not for you"):
             await call
+
+
+async def test_a_403s_probe_that_is_not_answered_is_given_up_and_the_call_gets_its_own_error() -> None:
+    def script(request: Any) -> Scripted:
+        return Scripted(200, JSON, b"{}", delay=math.inf) if is_probe(request) else failure(403, "not for you")
+
+    async with rig(script) as r:
+        call = asyncio.create_task(r.client.complete(PROMPT))
+        await r.clock.advance(PROBE_SECONDS - 0.1)
+        assert not call.done()
+        await r.clock.advance(0.2)
+        with pytest.raises(LLMAuthenticationError, match="not for you"):
+            await call
+
+
+async def test_a_caller_who_leaves_during_a_403s_probe_pays_for_a_refusal_and_the_key_stays_in_use() -> None:
+    def script(request: Any) -> Scripted:
+        return Scripted(200, JSON, b"{}", delay=math.inf) if is_probe(request) else failure(403, "not for you")
+
+    async with rig(script, config=configuration(rate_limits={"input_tokens_per_minute": 1000})) as r:
+        call = asyncio.create_task(r.client.complete(PROMPT))
+        await r.clock.advance(1.0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        status = r.manager.get_status()["providers"]["vendor"]
+        assert status["limits"]["keys"]["vendor/1"]["input_tokens"]["used"] == 0
+        assert status["clients"]["in_use"] == 0
+        assert r.states == ["ready"]
 
 
 async def test_a_callers_own_timeout_is_a_cancellation_and_leaves_nothing() -> None:

@@ -63,13 +63,16 @@ class Probe:
 class Bench:
     """A pool alone, with its clock, its probe and what it told."""
 
-    def __init__(self, keys: int = 3, *, random: Callable[[], float] = lambda: 0.0, **provider: Any) -> None:
+    def __init__(
+        self, keys: int = 3, *, random: Callable[[], float] = lambda: 0.0, listen: bool = True, **provider: Any
+    ) -> None:
         settings = load(configuration(keys, **provider), environ={}, warn=print).providers["vendor"]
         self.clock = FakeClock()
         self.probe = Probe()
         self.events = Events()
         self.told: list[Event] = []
-        self.events.listen(self.told.append, KeyParked, KeyPaused, KeyRestored)
+        if listen:
+            self.events.listen(self.told.append, KeyParked, KeyPaused, KeyRestored)
         self.pool = ProviderPool(
             settings, clock=self.clock, random=random, events=self.events, probe=self.probe, default_model="default"
         )
@@ -522,3 +525,20 @@ def test_a_key_shows_its_place_and_model_alone() -> None:
     key = Key(settings, settings.keys[0])
     assert repr(key) == "<Key vendor/1 m>"
     assert key.secret() == secret(1)
+
+
+# ---------------------------------------------------------------- with nobody listening
+
+
+async def test_keys_are_paused_parked_and_restored_also_when_nobody_is_told() -> None:
+    bench = Bench(1, listen=False)
+    bench.fail(LLMRateLimitError("slow down", retry_after=5.0))
+    assert bench.state() == "paused"
+    await bench.clock.advance(6.0)
+    assert bench.state() == "ready"
+    bench.fail(LLMAuthenticationError("revoked"))
+    assert bench.state() == "parked"
+    bench.probe.status = 200
+    await bench.clock.advance(3600.0)
+    assert bench.state() == "ready"
+    assert bench.told == []

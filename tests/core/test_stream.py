@@ -306,6 +306,29 @@ async def test_reading_a_closed_stream_never_ends_cleanly() -> None:
     assert error.partial == "hel"
 
 
+async def test_leaving_the_block_of_a_stream_that_is_open_already_closes_it() -> None:
+    async with opened(delta("hel"), delta("lo"), END) as answered:
+        assert (await anext(answered)).text == "hel"
+    assert body_of(answered).closed
+    with pytest.raises(LLMStreamInterruptedError):
+        await anext(answered)
+
+
+async def test_what_arrives_in_the_tick_of_the_closing_is_not_delivered() -> None:
+    class Late(Body):
+        async def read_some(self) -> bytes:
+            data = await super().read_some()
+            if self.reads == 2:
+                answered.close()
+            return data
+
+    answered = opened(body=Late(delta("hel"), delta("lo"), END))
+    assert (await anext(answered)).text == "hel"
+    with pytest.raises(LLMStreamInterruptedError):
+        await anext(answered)
+    assert answered.text == "hel"
+
+
 async def test_a_stream_closed_while_another_task_reads_it_ends_that_read() -> None:
     stream = opened(delta("hel"), math.inf)
     await stream.start()

@@ -253,3 +253,15 @@ def test_a_type_checker_refuses_a_misspelt_option_and_a_wrong_value(tmp_path: Pa
     lines = {int(line.split(":")[1]) for line in said if ": error:" in line}
     wanted = {number for number, line in enumerate(BAD.splitlines(), start=1) if "# " in line}
     assert (code, lines) == (1, wanted)
+
+
+def test_a_callback_that_raises_where_nobody_wants_to_know_fails_nothing() -> None:
+    def broken(settlement: Settlement) -> None:
+        raise ZeroDivisionError
+
+    run_settled(broken, Settlement(), None)
+
+
+def test_options_show_what_was_asked_and_no_headers_value() -> None:
+    shown = repr(Options(temperature=0.5, extra_headers={"x-gateway": "a token"}))
+    assert shown == "Options(temperature=0.5, extra_headers={'x-gateway': '***'})"
