@@ -110,6 +110,35 @@ async def test_what_the_server_reads_is_what_was_asked_and_who_asks() -> None:
     assert exchange.written
 
 
+async def test_a_proxy_that_cannot_be_read_is_a_mistake_of_the_configuration_and_keeps_its_password() -> None:
+    transport = http(environ={"http_proxy": "http://user:planted@proxy.test:port"}, proxy="environment")
+    with pytest.raises(LLMConfigurationError, match="proxy") as caught:
+        await transport.send(post("http://vendor.test/"), Exchange())
+    assert "planted" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    await transport.close()
+
+
+async def test_addresses_without_number_are_served_and_not_remembered_without_bound() -> None:
+    async with talking() as (transport, server):
+        for number in range(300):
+            assert await ask(transport, f"{server.url}?page={number}") == b"ok"
+        assert server.connections == 1
+        assert len(transport._routes) <= 256
+
+
+async def test_a_listener_that_raises_when_the_connection_is_there_costs_its_own_request_only() -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    async with talking() as (transport, server):
+        with pytest.raises(ZeroDivisionError):
+            await transport.send(post(server.url), Exchange(broken))
+        assert await ask(transport, server.url) == b"ok"
+        assert transport.statistics()["in_flight"] == 0
+        assert transport.statistics()["open"] == transport.statistics()["idle"] == 1
+
+
 @pytest.mark.parametrize(
     "url", ["not a url", "http://", "ftp://vendor.test/", "http://[::1/", "/v1/messages", "http://h:x/"]
 )
