@@ -270,9 +270,9 @@ def test_a_settlement_after_the_window_changes_only_the_output() -> None:
 
 
 def test_figures_below_nothing_make_no_capacity() -> None:
-    ledger = Ledger(input_tokens=10, output_tokens=10)
-    send(ledger, Cost(1, 5, 5), 0.0).settle(Cost(1, -100, -100), now=0.0)
-    assert (ledger.input_used, ledger.output_used, ledger.open_output) == (0, 0, 0)
+    ledger = Ledger(requests=10, input_tokens=10, output_tokens=10)
+    send(ledger, Cost(1, 5, 5), 0.0).settle(Cost(-100, -100, -100), now=0.0)
+    assert repr(ledger) == "<Ledger requests 0/10, input 0/10, output 0/10 + 0 open>"
 
 
 def test_a_guess_of_output_never_asks_for_more_than_the_limit() -> None:
@@ -332,6 +332,60 @@ def test_refunds_behind_a_request_that_stays_do_not_make_the_log_longer() -> Non
         send(ledger, Cost(), 2.0)
     assert ledger.next_expiry(SPAN) == 2.0 + SPAN
     assert ledger.requests_used == 9
+
+
+def test_refunds_one_by_one_behind_a_request_that_stays_leave_nothing_at_all() -> None:
+    ledger = Ledger(requests=10, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0)
+    for _ in range(1000):
+        reservation = ledger.reserve(Cost(), now=1.0)
+        assert reservation is not None
+        reservation.settle(NOTHING, now=1.0)
+    assert len(ledger._log) == 1
+
+
+def test_refunds_that_expired_with_their_window_do_not_keep_later_ones_in_the_log() -> None:
+    ledger = Ledger(requests=100, window=WINDOW, guard=GUARD)
+    now = 0.0
+    for _ in range(100):
+        now += 2 * SPAN
+        held = [ledger.reserve(Cost(), now=now) for _ in range(20)]
+        for _ in range(60):
+            send(ledger, Cost(), now)
+        for reservation in held:
+            assert reservation is not None
+            reservation.settle(NOTHING, now=now)
+    assert ledger.requests_used == 60
+    for _ in range(100):
+        held = [ledger.reserve(Cost(), now=now) for _ in range(40)]
+        for reservation in held:
+            assert reservation is not None
+            reservation.settle(NOTHING, now=now)
+    assert len(ledger._log) <= 60 + 2 * MIN_COMPACT + 100
+
+
+def test_what_left_late_is_gone_a_window_later_and_leaves_nothing_in_the_log() -> None:
+    ledger = Ledger(requests=10, window=WINDOW, guard=GUARD)
+    early, other = ledger.reserve(Cost(), now=0.0), send(ledger, Cost(), 0.0)
+    assert early is not None
+    early.sent(5.0)
+    assert ledger.requests_used == 2
+    assert ledger.next_expiry(SPAN) == 5.0 + SPAN
+    assert ledger.next_expiry(5.0 + SPAN) is None
+    early.settle(Cost(), now=6.0 + SPAN)
+    other.settle(Cost(), now=6.0 + SPAN)
+    assert ledger.next_expiry(6.0 + SPAN) is None
+
+
+@pytest.mark.parametrize("actual", [Cost(1, 0), Cost(0, 1), Cost(1, 1)])
+def test_who_is_settled_without_a_word_of_when_it_left_has_left_only_now(actual: Cost) -> None:
+    ledger = Ledger(requests=5, input_tokens=5, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(1, 1), now=0.0)
+    assert reservation is not None
+    reservation.settle(actual, now=5.0)
+    assert ledger.next_expiry(5.0) == 5.0 + SPAN
+    assert (ledger.requests_used, ledger.input_used) == (actual.requests, actual.input_tokens)
+    assert ledger.next_expiry(5.0 + SPAN) is None
 
 
 # -- another loop ----------------------------------------------------------------------------------------------------
@@ -482,6 +536,37 @@ def test_a_long_queue_waits_whole_windows() -> None:
     assert time_until(ledgers, Cost(), Cost(50), now=5.0) == SPAN - 1.0
     assert time_until(ledgers, Cost(), Cost(100), now=5.0) == 2 * SPAN - 5.0
     assert time_until(ledgers, Cost(), Cost(1050), now=5.0) == 11 * SPAN - 1.0
+
+
+@pytest.mark.parametrize("dimension", ["requests", "input_tokens"])
+def test_the_wait_behind_a_queue_is_exact_for_windows_of_one_length(dimension: str) -> None:
+    """Two keys of five, spent at 0 and at 4: at each return five go."""
+    ledgers = [Ledger(**{dimension: 5}, window=WINDOW, guard=GUARD) for _ in range(2)]
+    for ledger, at in zip(ledgers, (0.0, 4.0), strict=True):
+        send(ledger, Cost(5, 5), at)
+    one = Cost(1, 1)
+    for ahead in range(40):
+        window, place = divmod(ahead, 10)
+        expected = window * SPAN + (0.0 if place < 5 else 4.0) + SPAN - 5.0
+        queue = Cost(ahead, 0) if dimension == "requests" else Cost(0, ahead)
+        assert time_until(ledgers, one, queue, now=5.0) == expected
+
+
+def test_output_ahead_is_waited_for_too() -> None:
+    ledger = Ledger(output_tokens=10, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(1, 0, 10), 0.0).settle(Cost(1, 0, 10), now=0.0)
+    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 0), now=1.0) == 0.0
+    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 10), now=1.0) == SPAN - 1.0
+    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 11), now=1.0) == 2 * SPAN - 1.0
+
+
+def test_what_has_expired_is_waited_for_no_more() -> None:
+    assert time_until([full(requests=2, at=0.0)], Cost(), Cost(1), now=SPAN + 5.0) == 0.0
+
+
+def test_a_key_without_a_limit_takes_any_queue_at_once() -> None:
+    ledgers = [full(requests=1, at=0.0), Ledger(input_tokens=5)]
+    assert time_until(ledgers, Cost(1, 1), Cost(1000), now=0.0) == 0.0
 
 
 def test_a_key_with_a_short_window_comes_round_while_one_with_a_long_window_does_not() -> None:
