@@ -6,11 +6,11 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from llm.core.events import AttemptFailed
+from llm.core.events import AttemptFailed, Event, Events
 from llm.core.exceptions import (
     LLMAuthenticationError,
     LLMConnectionError,
@@ -312,6 +312,48 @@ async def test_each_failure_is_told_with_its_number_and_what_follows() -> None:
         (3, told[2].key_id, "LLMOverloadedError", 529, None),
     ]
     assert {e.call_id for e in told} == {"c"}
+
+
+async def test_of_a_dead_key_it_is_told_that_another_follows_at_once() -> None:
+    stack = Stack(limited(1, 9), limited(2, 9), script=[lambda: LLMAuthenticationError("revoked", status=401)])
+    stack.listen(AttemptFailed)
+    await stack.handler(ask())
+    [told] = [event for event in stack.told if isinstance(event, AttemptFailed)]
+    assert (told.key_id, told.error, told.retry_in) == ("fake/1", "LLMAuthenticationError", 0.0)
+
+
+async def test_a_failure_that_no_key_had_a_part_in_is_told_without_one() -> None:
+    told: list[Event] = []
+    events = Events()
+    events.listen(told.append, AttemptFailed)
+
+    async def refusing(call: Call) -> Reply:
+        raise LLMInvalidRequestError("no")
+
+    layer = RetryMiddleware(POLICY, clock=FakeClock(), random=lambda: 1.0, events=events)
+    with pytest.raises(LLMInvalidRequestError):
+        await layer(ask(), refusing)
+    [event] = told
+    assert isinstance(event, AttemptFailed)
+    assert (event.key_id, event.retry_in) == ("", None)
+
+
+async def test_who_need_not_wait_does_not_sleep() -> None:
+    class Watched(FakeClock):
+        slept: ClassVar[list[float]] = []
+
+        async def sleep(self, seconds: float) -> None:
+            self.slept.append(seconds)
+
+    failures = [overloaded(), LLMAuthenticationError("revoked", status=401, key_id="fake/1"), overloaded()]
+
+    async def failing(call: Call) -> Reply:
+        raise failures.pop()
+
+    layer = RetryMiddleware(POLICY, clock=Watched(), random=lambda: 0.0)
+    with pytest.raises(LLMException):
+        await layer(ask(), failing)
+    assert Watched.slept == []
 
 
 async def test_what_a_failed_attempt_told_of_its_usage_is_paid() -> None:
