@@ -128,6 +128,10 @@ def chances() -> dict[str, float]:
 
 async def serve(requests: int) -> None:
     """Be the simulator until standard input ends, then print the tally."""
+    # Callers leave in the middle of answers all the time here; anything else that goes wrong is shown.
+    logging.getLogger("aiohttp.server").addFilter(
+        lambda record: record.exc_info is None or not isinstance(record.exc_info[1], ConnectionError)
+    )
     tally = Tally()
     settings = SimulatorSettings(
         limits=Limits(requests=requests, window_seconds=WINDOW),
@@ -303,14 +307,16 @@ class Memory:
                 self._taken += 1
             await asyncio.sleep(0.5)
 
-    def report(self) -> dict[str, float]:
+    def report(self) -> dict[str, Any]:
         width = max(1, int(self.span * 2))
         warm = int(self.warm_up * 2)
         start = statistics.median(self._samples[max(0, warm - width) : warm] or [0.0])
         samples = self._samples[: self._taken]
         end = statistics.median(samples[-width:])
         figures = {"after warm-up": start, "end": end, "growth": end - start, "peak": max(samples)}
-        return {name: round(value, 2) for name, value in figures.items()}
+        tenth = max(1, len(samples) // 10)
+        course = [f"{statistics.median(samples[at : at + tenth]):.1f}" for at in range(0, len(samples), tenth)]
+        return {name: round(value, 2) for name, value in figures.items()} | {"by tenths": " ".join(course)}
 
 
 def resident() -> float:
