@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -70,13 +70,14 @@ format: setup  ## put the code into the house style
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-coverage: setup  ## which lines no test runs
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage report
+coverage: setup  ## what each folder's own tests leave out, lines and branches
+	$(BIN)/python tests/own_coverage.py
 
 bench: setup  ## what a call costs
-	@if [ -f bench/run.py ]; then $(BIN)/python bench/run.py; \
-	else echo "There is no bench/run.py yet: nothing is measured."; fi
+	$(BIN)/python bench/run.py
+
+soak: setup  ## ten minutes of everything at once, and nothing may be left of it
+	$(BIN)/python bench/soak.py
 
 check-wheel: setup  ## build, install in a clean environment outside the checkout, run the demo from there
 	@PYTHON="$(BIN)/python" sh requirements/check-wheel.sh
