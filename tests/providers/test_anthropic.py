@@ -3,8 +3,15 @@
 import msgspec
 import pytest
 
-from llm.core.exceptions import LLMContentFilteredError, LLMQuotaExhaustedError, LLMStreamInterruptedError
-from llm.core.types import LimitState, Message, MessageRole, ObservedLimits, Request, StopReason, StreamChunk
+from llm.core.exceptions import (
+    LLMContentFilteredError,
+    LLMException,
+    LLMModelNotFoundError,
+    LLMProtocolError,
+    LLMQuotaExhaustedError,
+    LLMStreamInterruptedError,
+)
+from llm.core.types import LimitState, Message, MessageRole, ObservedLimits, Options, Request, StopReason, StreamChunk
 from llm.providers.anthropic import ERROR_BY_CODE, ERROR_BY_OPENING, STATUS_BY_TYPE, STOP_REASON, AnthropicProvider
 from llm.utils.http_errors import error_for_status
 from tests.providers.corpus import settings
@@ -57,6 +64,13 @@ def test_a_hint_finds_its_place_after_a_long_message(anthropic: AnthropicProvide
     assert len(found.message) == 2048
 
 
+def test_a_model_that_was_never_heard_of_gets_the_vendors_words_and_no_hint(anthropic: AnthropicProvider) -> None:
+    body = msgspec.json.encode({"error": {"type": "not_found_error", "message": "model: claude-test"}})
+    found = anthropic.classify(ASKED, 404, {}, body)
+    assert isinstance(found, LLMModelNotFoundError)
+    assert found.message == "model: claude-test"
+
+
 @pytest.mark.parametrize(("kind", "status"), STATUS_BY_TYPE.items())
 def test_a_type_means_under_200_what_its_status_means(anthropic: AnthropicProvider, kind: str, status: int) -> None:
     body = msgspec.json.encode({"type": "error", "error": {"type": kind, "message": "m"}})
@@ -78,6 +92,87 @@ def test_models_without_end_do_not_fill_the_memory(anthropic: AnthropicProvider)
 
 def test_every_stop_reason_but_the_unknown_one_has_a_word() -> None:
     assert set(STOP_REASON.values()) == set(StopReason) - {StopReason.UNKNOWN}
+
+
+GOOD = {
+    "type": "message",
+    "id": "msg_1",
+    "model": "claude-test",
+    "content": [{"type": "text", "text": "Hi"}],
+    "stop_reason": "end_turn",
+}
+
+
+def good(**more: object) -> bytes:
+    return msgspec.json.encode(GOOD | more)
+
+
+@pytest.mark.parametrize("status", [300, 301, 400, 500])
+def test_a_good_message_under_a_bad_status_is_no_answer(anthropic: AnthropicProvider, status: int) -> None:
+    with pytest.raises(LLMException) as caught:
+        anthropic.decode(ASKED, status, {}, good())
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(("status", "body"), [(199, good()), (200, b"{}"), (299, b"{}"), (200, b"[]")])
+def test_what_is_neither_a_message_nor_an_error_cannot_be_read(
+    anthropic: AnthropicProvider, status: int, body: bytes
+) -> None:
+    with pytest.raises(LLMProtocolError, match="a body that is no message") as caught:
+        anthropic.decode(ASKED, status, {}, body)
+    assert caught.value.retryable
+
+
+@pytest.mark.parametrize("status", [200, 201, 299])
+def test_any_status_of_success_is_an_answer(anthropic: AnthropicProvider, status: int) -> None:
+    assert anthropic.decode(ASKED, status, {}, good()).text == "Hi"
+
+
+def test_a_block_without_words_says_nothing(anthropic: AnthropicProvider) -> None:
+    blocks = [{"type": "text", "text": None}, {"type": "thinking"}, {"type": "unheard_of", "text": "x"}, {"text": "y"}]
+    answer = anthropic.decode(ASKED, 200, {}, good(content=blocks))
+    assert (answer.text, answer.thinking) == ("", "")
+
+
+def test_what_calls_itself_an_error_is_one_whatever_else_it_holds(anthropic: AnthropicProvider) -> None:
+    with pytest.raises(LLMException):
+        anthropic.decode(ASKED, 200, {}, good(type="error"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "counted"), [(0, 0), (7, 7), (10**12, 10**12), (10**12 + 1, 0), (-1, 0), ("7", 0), (None, 0)]
+)
+def test_figures_that_cannot_be_are_left_out_and_the_answer_is_kept(
+    anthropic: AnthropicProvider, tokens: object, counted: int
+) -> None:
+    answer = anthropic.decode(ASKED, 200, {}, good(usage={"input_tokens": tokens, "output_tokens": 0}))
+    assert (answer.text, answer.usage.input_tokens) == ("Hi", counted)
+
+
+def test_a_version_after_the_first_has_lost_sampling() -> None:
+    wishes = {"temperature": 0.5, "top_p": 0.9, "top_k": 5}
+    asked = Request(ASKED.messages, "claude-3-5-haiku-20241022", msgspec.convert(wishes, Options))
+    later = AnthropicProvider(settings("anthropic", {"settings": {"api_version": "2099-01-01"}})).encode(asked, "k")
+    assert set(later.dropped) == {"temperature", "top_p", "top_k"}
+    assert not {"temperature", "top_p", "top_k"} & set(msgspec.json.decode(later.request.body))
+    assert later.request.headers["anthropic-version"] == "2099-01-01"
+
+
+@pytest.mark.parametrize(
+    ("base", "url"),
+    [
+        ("https://host", "https://host/v1/messages"),
+        ("https://host/X/", "https://host/X/v1/messages"),
+        ("https://host/X", "https://host/X/v1/messages"),
+        ("https://host/v1", "https://host/v1/messages"),
+        ("https://host/v1/", "https://host/v1/messages"),
+        ("https://host/api?key=a/b?c", "https://host/api/v1/messages?key=a/b?c"),
+    ],
+)
+def test_an_address_may_be_written_with_and_without_its_end(base: str, url: str) -> None:
+    provider = AnthropicProvider(settings("anthropic", {"settings": {"base_url": base}}))
+    assert provider.encode(ASKED, "k").request.url == url
+    assert provider.probe("k").url == url.replace("messages", "models")
 
 
 NOON = {"date": "Sun, 22 Nov 2026 10:00:00 GMT"}

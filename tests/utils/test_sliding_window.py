@@ -580,6 +580,22 @@ def test_a_key_with_a_short_window_comes_round_while_one_with_a_long_window_does
     assert time_until([short, long], Cost(), Cost(1999), now=0.0) >= 900.0
 
 
+def test_windows_of_several_lengths_are_estimated_from_below() -> None:
+    """Ten a ten seconds and a hundred a hundred seconds: two a second, and never more at once than 110."""
+    short, long = Ledger(requests=10, window=10.0, guard=0.0), Ledger(requests=100, window=100.0, guard=0.0)
+    send(short, Cost(10), 0.0)
+    send(long, Cost(40), 0.0)
+    queue = [time_until([short, long], Cost(), Cost(ahead), now=0.0) for ahead in (59, 60, 70, 110, 1999)]
+    # 60 are free; then the short one's window decides, as long as the rate does not.
+    assert queue == [0.0, 10.0, 10.0, 10.0, (2000 - 110) / 2.0]
+
+
+def test_a_key_that_never_admits_does_not_count_in_the_rate() -> None:
+    short, closed = Ledger(requests=10, window=10.0, guard=0.0), Ledger(requests=0, window=100.0, guard=0.0)
+    send(short, Cost(10), 0.0)
+    assert time_until([short, closed], Cost(), Cost(1000), now=0.0) == 1010.0
+
+
 def test_a_call_waits_for_one_key_that_holds_it_whole() -> None:
     """Two halves on two keys are of no use to it."""
     ledgers = [Ledger(input_tokens=100, window=WINDOW, guard=GUARD) for _ in range(2)]
