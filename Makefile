@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench soak coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -75,6 +75,9 @@ coverage: setup  ## what each folder's own tests leave out, lines and branches
 
 bench: setup  ## what a call costs
 	$(BIN)/python bench/run.py
+
+quota: setup  ## how much of the quota is used and how often a vendor says no, in virtual time
+	$(BIN)/python bench/quota.py
 
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py
