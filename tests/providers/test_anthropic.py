@@ -41,6 +41,7 @@ def test_chunks_arrive_before_the_error_that_was_read_with_them(anthropic: Anthr
     chunks = decoder.feed(
         b'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}\n\n'
         b'data: {"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}\n\n'
+        b'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"after it"}}\n\n'
     )
     assert chunks == [StreamChunk("Hi")]
     assert decoder.error is not None
@@ -51,6 +52,7 @@ def test_an_interrupted_stream_tells_what_was_used(anthropic: AnthropicProvider)
     decoder.feed(b'data: {"type":"message_start","message":{"usage":{"input_tokens":7,"output_tokens":1}}}\n\n')
     assert decoder.end() == []
     assert isinstance(decoder.error, LLMStreamInterruptedError)
+    assert decoder.error.message == "the stream ended without message_stop"
     assert decoder.error.usage == decoder.usage
     assert decoder.usage is not None
     assert decoder.usage.input_tokens == 7
@@ -147,6 +149,33 @@ def test_figures_that_cannot_be_are_left_out_and_the_answer_is_kept(
 ) -> None:
     answer = anthropic.decode(ASKED, 200, {}, good(usage={"input_tokens": tokens, "output_tokens": 0}))
     assert (answer.text, answer.usage.input_tokens) == ("Hi", counted)
+
+
+@pytest.mark.parametrize(
+    ("creation", "told", "written", "hour"),
+    [
+        ({"ephemeral_5m_input_tokens": 5}, None, 5, 0),
+        ({"ephemeral_1h_input_tokens": 7}, None, 7, 7),
+        ({"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 7}, None, 12, 7),
+        ({"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 7}, 20, 20, 7),
+        ({}, None, 0, 0),
+        (None, 4, 4, 0),
+    ],
+)
+def test_what_was_written_to_the_cache_is_its_sum_or_else_its_parts(
+    anthropic: AnthropicProvider, creation: dict[str, int] | None, told: int | None, written: int, hour: int
+) -> None:
+    usage = {"input_tokens": 1, "cache_creation": creation, "cache_creation_input_tokens": told}
+    found = anthropic.decode(ASKED, 200, {}, good(usage=usage)).usage
+    assert (found.cache_write_tokens, found.cache_write_1h_tokens, found.input_tokens) == (written, hour, 1 + written)
+
+
+@pytest.mark.parametrize(("details", "tokens"), [({"thinking_tokens": 9}, 9), ({}, 0), (None, 0)])
+def test_what_was_thought_is_counted_where_it_is_told(
+    anthropic: AnthropicProvider, details: dict[str, int] | None, tokens: int
+) -> None:
+    usage = {"input_tokens": 1, "output_tokens": 10, "output_tokens_details": details}
+    assert anthropic.decode(ASKED, 200, {}, good(usage=usage)).usage.reasoning_tokens == tokens
 
 
 def test_a_version_after_the_first_has_lost_sampling() -> None:
