@@ -225,17 +225,17 @@ def fork(planted: Planted, tests: list[str]) -> int:
         os._exit(status)
 
 
-def survivors(name: str, *, only: str, jobs: int) -> tuple[int, list[str]]:
-    """The number of mutants of one module, and those that its tests let live."""
+def survivors(name: str, *, again: str | None, jobs: int) -> tuple[int, list[str]]:
+    """The number of mutants of one module, and those that its tests let live; with *again*, of those that it names."""
     module, tests = TARGETS[name]
     path = ROOT / "src" / f"{module.replace('.', '/')}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    found = ((str(mutant), mutant) for mutant in mutants(tree))
-    planned = [(text, mutant.compile(tree, str(path))) for text, mutant in found if only in text]
+    found = [(str(mutant), mutant) for mutant in mutants(tree)]
+    planned = [(text, mutant.compile(tree, str(path))) for text, mutant in found if again is None or text[4:] in again]
     children = Children(Planted(module, str(path), compile(tree, str(path), "exec")), tests, jobs)
     for text, code in planned:
         children.start(text, Planted(module, str(path), code))
-    return len(planned), children.wait()
+    return len(found), children.wait()
 
 
 class Children:
@@ -284,9 +284,12 @@ class Children:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", metavar="module", help=f"of {', '.join(TARGETS)}; all if none is named")
-    parser.add_argument("--only", default="", help="only the mutants whose line of output would contain this")
+    parser.add_argument(
+        "--again", type=Path, help="only what survived in this output of an earlier run, after tests were added"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time")
     asked = parser.parse_args()
+    again = asked.again.read_text(encoding="utf-8") if asked.again is not None else None
     os.chdir(ROOT)
     os.nice(15)
     # What all children need is loaded once. No thread may run yet, and nothing of the package may be imported.
@@ -300,7 +303,7 @@ def main() -> None:
     rows = []
     for name in asked.modules or TARGETS:
         print(name, flush=True)
-        total, alive = survivors(name, only=asked.only, jobs=asked.jobs)
+        total, alive = survivors(name, again=again, jobs=asked.jobs)
         killed = total - len(alive)
         rows.append(f"{name:16} {total:8} {killed:8} {100 * killed / max(1, total):7.1f} %")
     print(f"\n{'module':16} {'mutants':>8} {'killed':>8} {'':>9}", *rows, sep="\n")
