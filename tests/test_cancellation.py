@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 import pytest
 from msgspec.structs import replace
 
-from llm import LLMClient, LLMConnectionError, LLMException, LLMManager, Message, MessageRole
+from llm import (
+    LLMClient,
+    LLMConnectionError,
+    LLMException,
+    LLMManager,
+    LLMStreamInterruptedError,
+    Message,
+    MessageRole,
+)
 from llm.core.client import StreamingCall
 from llm.core.settings import ProviderSettings
 from llm.core.stream import ResponseStream
@@ -418,3 +426,22 @@ async def test_closing_under_load_leaves_no_timer() -> None:
         assert run.watched.statistics()["open"] == 0
         assert other_tasks() == set()
         run = await asyncio.to_thread(build, scenario)
+
+
+async def test_a_stream_whose_first_content_comes_while_the_manager_is_being_closed_is_ended_too() -> None:
+    """Nobody may be reading it, and the manager does not know it yet."""
+    run = await asyncio.to_thread(build, Scenario("", streamed, (stream(0.5, delta("a"), 1e6, END),)))
+    closing: list[asyncio.Task[None]] = []
+    # At the very instant at which the content comes, and before its reader hears of it.
+    run.clock.call_at(run.clock.now() + 0.5, lambda: closing.append(asyncio.create_task(run.manager.close())))
+    opening = asyncio.create_task(run.client.stream_complete(PROMPT).__aenter__())
+    await run.clock.advance(1.0)
+    await closing[0]
+    opened = await opening
+    assert opened.settled
+    assert (await anext(opened)).text == "a"
+    with pytest.raises(LLMStreamInterruptedError, match="closed"):
+        await anext(opened)
+    assert run.status()["clients"]["in_use"] == 0
+    assert run.watched.statistics()["in_flight"] == 0
+    assert run.clock.timers == 0

@@ -141,7 +141,7 @@ class Endpoint:
         """End the open streams, also those that nobody is reading, and let go of the timers."""
         self._closed = True
         for stream in tuple(self._streams):
-            stream.abort(LLMStreamInterruptedError("the manager was closed", retryable=False))
+            stream.abort(_closed())
         if self._alarms is not None:
             self._alarms.close()
 
@@ -232,7 +232,10 @@ class Endpoint:
         )
         call.stream = stream
         await stream.start()
-        if not stream.settled:
+        if self._closed:
+            # While its first content was on its way: nobody else would end it now.
+            stream.abort(_closed())
+        elif not stream.settled:
             self._streams.add(stream)
             stream.on_settled(partial(self._ended, stream))
         if call.deadline is not None:
@@ -278,3 +281,7 @@ class Endpoint:
                     # A handler of the user's: it must not fail the call.
                     self._events.fault("logging", error)
         return warnings
+
+
+def _closed() -> LLMStreamInterruptedError:
+    return LLMStreamInterruptedError("the manager was closed", retryable=False)
