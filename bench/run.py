@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import cProfile
 import gc
 import io
@@ -24,6 +25,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,8 @@ def compare(costs: dict[str, list[float]], ours: str, theirs: str, *, per: int =
     """Medians, and the median of the rounds' ratios."""
     ratios = [a / b for a, b in zip(costs[ours], costs[theirs], strict=True)]
     return {
-        f"{theirs}_us": round(statistics.median(costs[theirs]) / per, 2),
-        f"{ours}_us": round(statistics.median(costs[ours]) / per, 2),
+        "bare_us": round(statistics.median(costs[theirs]) / per, 2),
+        "brimful_us": round(statistics.median(costs[ours]) / per, 2),
         "ratio": round(statistics.median(ratios), 3),
     }
 
@@ -141,6 +143,27 @@ async def whole(base: CannedServer, rounds: int) -> dict[str, Any]:
             )
             found[f"concurrency {concurrency}"] = compare(costs, "brimful", "bare")
     return found
+
+
+async def layers(base: CannedServer, rounds: int) -> dict[str, Any]:
+    """What goes when layers are switched off, one more in each row, with 64 callers."""
+    url = base.url() + "/chat/completions"
+    off = {"enabled": False}
+    rows: dict[str, dict[str, Any]] = {
+        "all layers": {},
+        "without logging": {"logging": off},
+        "and without metrics": {"logging": off, "metrics": off},
+        "and without retry": {"logging": off, "metrics": off, "retry": off},
+    }
+    async with contextlib.AsyncExitStack() as stack:
+        http = await stack.enter_async_context(bare.session())
+        works: dict[str, Work] = {"bare": lambda: bare.complete(http, url, BODY)}
+        for name, chosen in rows.items():
+            config = configuration(base.url()) | {"middleware": chosen}
+            manager = await stack.enter_async_context(brimful.LLMManager.from_config(config))
+            works[name] = partial(manager.get_client().complete, PROMPT)
+        costs = await interleaved(works, calls=1920, concurrency=64, rounds=rounds)
+    return {name: compare(costs, name, "bare") for name in rows}
 
 
 async def streamed(base: CannedServer, rounds: int) -> dict[str, Any]:
@@ -302,6 +325,7 @@ async def measure(rounds: int) -> dict[str, Any]:
             "machine": {"python": platform.python_version(), "aiohttp": aiohttp.__version__, "cores": os.cpu_count()},
             "function_calls": await function_calls(base),
             "whole": await whole(base, rounds),
+            "layers": await layers(base, rounds),
             "streamed": await streamed(base, rounds),
             "waiting": await waiting(base),
         }
