@@ -275,6 +275,17 @@ def test_figures_below_nothing_make_no_capacity() -> None:
     assert repr(ledger) == "<Ledger requests 0/10, input 0/10, output 0/10 + 0 open>"
 
 
+@pytest.mark.parametrize(
+    ("used", "free"),
+    [(Cost(9, 0, 0), Cost(0, 1, 1)), (Cost(1, 9, 0), Cost(1, 0, 1)), (Cost(1, 0, 9), Cost(1, 1, 0))],
+)
+def test_a_dimension_that_is_overdrawn_keeps_out_only_who_needs_more_of_it(used: Cost, free: Cost) -> None:
+    ledger = Ledger(requests=5, input_tokens=5, output_tokens=5)
+    send(ledger, Cost(1, 1, 1), 0.0).settle(used, now=0.0)
+    assert ledger.reserve(Cost(1, 1, 1), now=0.0) is None
+    assert ledger.reserve(free, now=0.0) is not None
+
+
 def test_a_guess_of_output_never_asks_for_more_than_the_limit() -> None:
     ledger = Ledger(output_tokens=100)
     assert ledger.reserve(Cost(1, 0, 4096), now=0.0) is not None
