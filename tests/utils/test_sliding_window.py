@@ -563,6 +563,26 @@ def test_the_wait_behind_a_queue_is_exact_for_windows_of_one_length(dimension: s
         assert time_until(ledgers, one, queue, now=5.0) == expected
 
 
+def test_what_is_free_is_counted_once_and_what_comes_back_one_by_one() -> None:
+    ledger = Ledger(requests=5, window=WINDOW, guard=GUARD)
+    for at in (0.0, 1.0, 2.0):
+        send(ledger, Cost(), at)
+    waits = [time_until([ledger], Cost(), Cost(ahead), now=3.0) for ahead in range(8)]
+    # Two at once; one at each return; then the first two again, a window after they went.
+    assert waits == [0.0, 0.0, SPAN - 3.0, SPAN - 2.0, SPAN - 1.0, SPAN, SPAN, 2 * SPAN - 3.0]
+
+
+def test_a_key_with_room_in_every_dimension_takes_a_call_at_once() -> None:
+    ledger = Ledger(requests=5, input_tokens=5, output_tokens=5)
+    assert time_until([ledger], Cost(5, 5, 5), now=0.0) == 0.0
+    assert time_until([ledger], Cost(1, 1, 1), Cost(4, 4, 4), now=0.0) == 0.0
+
+
+def test_a_limit_of_nothing_keeps_out_only_who_needs_some() -> None:
+    assert time_until([Ledger(requests=5, output_tokens=0)], Cost(1, 1, 0), now=0.0) == 0.0
+    assert time_until([Ledger(requests=5, input_tokens=0)], Cost(1, 0, 0), Cost(1, 0, 0), now=0.0) == 0.0
+
+
 def test_output_ahead_is_waited_for_too() -> None:
     ledger = Ledger(output_tokens=10, window=WINDOW, guard=GUARD)
     send(ledger, Cost(1, 0, 10), 0.0).settle(Cost(1, 0, 10), now=0.0)
