@@ -150,8 +150,8 @@ def measure(found: dict[str, Worker], mode: str, concurrency: int, rounds: int) 
     """Medians, of a call or of an event, and the median of each round's ratio to the bare transport."""
     calls = {}
     for name, worker in found.items():
-        cost = worker.round(mode, concurrency * 2, concurrency)
-        calls[name] = max(concurrency * 2, round(BUDGET / cost * 1e6 / concurrency) * concurrency)
+        cost = worker.round(mode, concurrency, concurrency)
+        calls[name] = max(concurrency, round(BUDGET / cost * 1e6 / concurrency) * concurrency)
     costs: dict[str, list[float]] = {name: [] for name in found}
     for number in range(rounds):
         order = list(found) if number % 2 else list(reversed(found))
