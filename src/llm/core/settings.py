@@ -58,8 +58,16 @@ class LimitSettings(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_minute: int | None = None
     input_tokens_per_minute: int | None = None
     output_tokens_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Input and output together; ``ProviderSettings.counting`` says how."""
     window_seconds: float = 60.0
     """The window that the numbers above are per. The name "per minute" is the default."""
+    requests_per_day: int | None = None
+    tokens_per_day: int | None = None
+    """Input and output together, in any 24 hours."""
+    concurrent_requests: int | None = None
+    burst_seconds: float | None = None
+    """The vendor enforces the numbers above by shorter spans: so many seconds' share of them in any so many seconds."""
 
 
 class KeySettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +78,17 @@ class KeySettings(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None
     """None: the key has no model of its own; a call must name one or the dialect's default is used."""
     limits: LimitSettings = LimitSettings()
+    quota_pool: str | None = None
+    """The organisation, workspace or project whose limits these are; keys of one pool share them. None: its own."""
+
+
+class CountingSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How the vendor counts; None is what the dialect knows of its vendor (:class:`~.types.Counting`)."""
+
+    model: Literal["reserve_max", "actual_as_produced"] | None = None
+    """Of combined tokens."""
+    cache_reads: bool | None = None
+    rejected: bool | None = None
 
 
 class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +156,9 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     transport: TransportSettings = TransportSettings()
     extra_body: dict[str, Any] = {}
     extra_headers: dict[str, str] = {}
+    model_groups: dict[str, tuple[str, ...]] = {}
+    """Models that share one limit, by the group's name: patterns as ``claude-opus-4*``. Before the dialect's own."""
+    counting: CountingSettings = CountingSettings()
 
     @property
     def custom(self) -> bool:
@@ -153,6 +175,14 @@ class RateLimiterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """False lifts the limits; calls still queue for a pooled client."""
     guard_seconds: float = 0.25
     """Added to every window: covers the difference between when a request leaves and when the vendor counts it."""
+    output_reserve: Literal["strict", "balanced", "throughput"] = "balanced"
+    """How much output is held for answers under way: ``max_tokens``, what they will probably need, or their mean."""
+    slow_start: bool = True
+    """Whether a key is used gently until its first answer, and after a 429 that its limits do not explain."""
+    max_queue: int | None = None
+    """Calls that may wait at one provider; one more is refused, the lowest priority first. None: any number."""
+    weights: dict[str, float] = {"high": 8.0, "normal": 3.0, "low": 1.0}
+    """Of the priorities, when not all can go."""
 
 
 class RetrySettings(msgspec.Struct, frozen=True, kw_only=True):

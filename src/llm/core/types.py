@@ -45,6 +45,26 @@ class StopReason(StrEnum):
     """A word we do not know; ``raw`` has it."""
 
 
+class Priority(StrEnum):
+    """Who goes first when not all can: each class gets its share by weight (8, 3 and 1 unless configured)."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+class Counting(msgspec.Struct, frozen=True, gc=False):
+    """How a vendor counts against its limits, where vendors differ."""
+
+    reserve_max: bool = False
+    """Combined tokens are charged on arrival with the larger of ``max_tokens`` and the prompt, and not given back
+    (OpenAI); else with what was really used, as it is produced (Anthropic)."""
+    cache_reads: bool = True
+    """Whether input that came from a prompt cache counts."""
+    rejected: bool = True
+    """Whether a request that was answered with 429 counts as one."""
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one call. ``input_tokens`` and ``output_tokens`` are inclusive totals; the others are parts of them."""
 
@@ -70,6 +90,8 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     requests: int = 1
     input_tokens: int = 0
     output_tokens: int = 0
+    tokens: int = 0
+    """Of a limit on input and output together."""
 
 
 class Settlement(msgspec.Struct, frozen=True):
@@ -115,6 +137,8 @@ class ObservedLimits(msgspec.Struct, frozen=True):
     output_tokens: LimitState | None = None
     tokens: LimitState | None = None
     """Input and output together (OpenAI), or the most restrictive of Anthropic's limits."""
+    owners: tuple[str, ...] = ()
+    """Organisation, workspace and project that the vendor says the key belongs to, as ``workspace wrkspc_1``."""
 
 
 class KeyRef(msgspec.Struct, frozen=True, gc=False):
@@ -128,6 +152,9 @@ class KeyRef(msgspec.Struct, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "id", f"{self.provider}/{self.number}")
+
+
+_UNSAID = (None, "", Priority.NORMAL)
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -149,10 +176,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     extra_body: dict[str, Any] | None = None
     """Merged into the request's JSON body last, as it is."""
     extra_headers: dict[str, str] | None = None
+    priority: Priority = Priority.NORMAL
+    """Who goes first when not all can."""
+    tenant: str = ""
+    """On whose behalf: tenants of one priority share what there is equally."""
+    tag: str = ""
+    """The place in your program that calls: sizes are learnt for each model and tag."""
 
     def __repr__(self) -> str:
         # A gateway's token is a header like any other.
-        said = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
+        said = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) not in _UNSAID}
         if self.extra_headers is not None:
             said["extra_headers"] = dict.fromkeys(self.extra_headers, "***")
         return f"Options({', '.join(f'{name}={value!r}' for name, value in said.items())})"
@@ -174,6 +207,9 @@ class CallOptions(TypedDict, total=False):
     unsupported: Literal["drop", "raise"] | None
     extra_body: dict[str, Any] | None
     extra_headers: dict[str, str] | None
+    priority: Priority
+    tenant: str
+    tag: str
 
 
 class Request(msgspec.Struct, frozen=True):

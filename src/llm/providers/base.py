@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from ..core.exceptions import LLMException
-from ..core.types import Headers, LLMResponse, ObservedLimits, Request, StopReason, StreamChunk, Usage
+from ..core.types import Counting, Headers, LLMResponse, ObservedLimits, Request, StopReason, StreamChunk, Usage
 from ..transports.base import HTTPRequest
 
 
@@ -51,6 +51,13 @@ class Provider(Protocol):
     """The provider's name in the configuration."""
     default_model: str | None
     """What a key without a model of its own sends when the call names none; data, not code (``models.toml``)."""
+
+    counting: Counting
+    """How the vendor counts against its limits."""
+
+    def group(self, model: str) -> str:
+        """The name of the models that share one limit with *model*; the model itself if none do."""
+        ...
 
     def encode(self, request: Request, key: str) -> Encoded:
         """The HTTP request for *request*. Raises LLMInvalidRequestError for what the model is known to refuse."""

@@ -26,7 +26,9 @@ PLAIN: Final[dict[str, object]] = {
 }
 """What every vendor does unasked: leaving one of these out changes nothing, so nobody is told."""
 
-_NOT_ASKED_OF_THE_MODEL: Final = frozenset(("max_tokens", "timeout", "unsupported", "extra_body", "extra_headers"))
+_NOT_ASKED_OF_THE_MODEL: Final = frozenset(
+    ("max_tokens", "timeout", "unsupported", "extra_body", "extra_headers", "priority", "tenant", "tag")
+)
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
