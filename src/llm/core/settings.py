@@ -170,6 +170,14 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
         return _shown(self, extra_headers=dict.fromkeys(self.extra_headers, "***"))
 
 
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """The shares of the priorities, when not all calls can go."""
+
+    high: float = 8.0
+    normal: float = 3.0
+    low: float = 1.0
+
+
 class RateLimiterSettings(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     """False lifts the limits; calls still queue for a pooled client."""
@@ -181,8 +189,7 @@ class RateLimiterSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a key is used gently until its first answer, and after a 429 that its limits do not explain."""
     max_queue: int | None = None
     """Calls that may wait at one provider; one more is refused, the lowest priority first. None: any number."""
-    weights: dict[str, float] = {"high": 8.0, "normal": 3.0, "low": 1.0}
-    """Of the priorities, when not all can go."""
+    weights: Weights = Weights()
 
 
 class RetrySettings(msgspec.Struct, frozen=True, kw_only=True):
