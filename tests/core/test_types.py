@@ -22,6 +22,7 @@ from llm.core.types import (
     Message,
     MessageRole,
     Options,
+    Priority,
     Settlement,
     StopReason,
     StreamChunk,
@@ -265,3 +266,9 @@ def test_a_callback_that_raises_where_nobody_wants_to_know_fails_nothing() -> No
 def test_options_show_what_was_asked_and_no_headers_value() -> None:
     shown = repr(Options(temperature=0.5, extra_headers={"x-gateway": "a token"}))
     assert shown == "Options(temperature=0.5, extra_headers={'x-gateway': '***'})"
+
+
+def test_options_show_what_was_asked_whatever_its_words() -> None:
+    asked = Options(stop="normal", priority=Priority.HIGH, tenant="a", tag="b")
+    assert repr(asked) == "Options(stop='normal', priority=<Priority.HIGH: 'high'>, tenant='a', tag='b')"
+    assert repr(Options(priority=Priority.NORMAL, tenant="", tag="")) == "Options()"

@@ -154,9 +154,6 @@ class KeyRef(msgspec.Struct, frozen=True, gc=False):
         msgspec.structs.force_setattr(self, "id", f"{self.provider}/{self.number}")
 
 
-_UNSAID = (None, "", Priority.NORMAL)
-
-
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one call asks of the model beyond its messages. None means: not said, the vendor's default."""
 
@@ -184,8 +181,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """The place in your program that calls: sizes are learnt for each model and tag."""
 
     def __repr__(self) -> str:
+        unsaid = zip(self.__struct_fields__, self.__struct_defaults__, strict=True)
+        said = {name: value for name, default in unsaid if (value := getattr(self, name)) != default}
         # A gateway's token is a header like any other.
-        said = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) not in _UNSAID}
         if self.extra_headers is not None:
             said["extra_headers"] = dict.fromkeys(self.extra_headers, "***")
         return f"Options({', '.join(f'{name}={value!r}' for name, value in said.items())})"
