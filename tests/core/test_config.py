@@ -20,6 +20,7 @@ from llm.core import config
 from llm.core.exceptions import LLMConfigurationError
 from llm.core.reading import Table
 from llm.core.settings import (
+    CountingSettings,
     LimitSettings,
     LLMSettings,
     LoggingSettings,
@@ -29,6 +30,7 @@ from llm.core.settings import (
     RetrySettings,
     TimeoutSettings,
     TransportSettings,
+    Weights,
 )
 
 KEY = "sk-ant-api03-planted-0123456789abcdefghijklmnopqrstuvwxyz"
@@ -58,6 +60,15 @@ Write: TypeAlias = Callable[..., Path]
 
 def provider(**settings: Any) -> dict[str, Any]:
     return {"providers": {"openai": {"api_keys": [KEY], **settings}}}
+
+
+def shared(**settings: Any) -> dict[str, Any]:
+    """Two keys of one quota pool."""
+    return provider(**{"api_keys": ["a", "b"], "quota_pools": "org", **settings})
+
+
+def limiter(**settings: Any) -> dict[str, Any]:
+    return {**provider(), "middleware": {"rate_limiter": settings}}
 
 
 @pytest.fixture
@@ -149,6 +160,74 @@ def test_a_list_may_hold_null_for_a_key_without_model_or_limits() -> None:
 
     assert [key.model for key in openai.keys] == [None, "m"]
     assert [key.limits.requests_per_minute for key in openai.keys] == [5, None]
+
+
+def test_a_limit_has_more_dimensions_than_three() -> None:
+    every: dict[str, Any] = {
+        "tokens_per_minute": 90_000,
+        "window_seconds": 10,
+        "requests_per_day": 1_000,
+        "tokens_per_day": 2_000_000,
+        "concurrent_requests": 8,
+        "burst_seconds": 10,
+    }
+
+    assert load(provider(rate_limits=every)).providers["openai"].keys[0].limits == LimitSettings(**every)
+    nothing = load(provider(rate_limits=dict.fromkeys(every, None) | {"window_seconds": 60})).providers["openai"]
+    assert nothing.keys[0].limits == LimitSettings()
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("org", ["org", "org"]), (["org", "other"], ["org", "other"]), (["org", None], ["org", None]), (None, [None] * 2)],
+)
+def test_a_quota_pool_is_named_for_each_key_or_once_for_all(written: Any, read: list[str | None]) -> None:
+    openai = load(provider(api_keys=["a", "b"], quota_pools=written)).providers["openai"]
+
+    assert [key.quota_pool for key in openai.keys] == read
+
+
+def test_models_are_grouped_by_one_pattern_or_several() -> None:
+    written = {"small": "m-?", "rest": ["m-*", "n-[12]"], "late": "m-*"}
+
+    openai = load(provider(model_groups=written)).providers["openai"]
+
+    assert openai.model_groups == {"small": ("m-?",), "rest": ("m-*", "n-[12]"), "late": ("m-*",)}
+    groups = {"m-1": "small", "m-10": "rest", "n-2": "rest", "n-3": None, "M-1": None, "xm-1": None}
+    assert {model: openai.group(model) for model in groups} == groups
+
+
+def test_keys_of_one_pool_share_its_limits_but_only_for_the_models_that_they_share() -> None:
+    five, six = {"requests_per_minute": 5}, {"requests_per_minute": 6}
+    groups = {"x": "x-*"}
+    for models, limits, pools in [
+        (["x-1", "x-2"], [five, five], "org"),
+        (["x-1", "x-2"], [five, six], None),
+        (["x-1", "x-2"], [five, six], ["org", "other"]),
+        (["x-1", "x-2"], [five, six], ["org", None]),
+        (["x-1", "y-1"], [five, six], "org"),
+        (None, [five, six], None),
+    ]:
+        load(provider(api_keys=["a", "b"], models=models, rate_limits=limits, quota_pools=pools, model_groups=groups))
+
+
+def test_how_a_vendor_counts_can_be_said_in_part_or_in_full() -> None:
+    counting: dict[str, Any] = {"model": "actual_as_produced", "cache_reads": False, "rejected": True}
+
+    assert load(provider(counting=counting)).providers["openai"].counting == CountingSettings(**counting)
+    assert load(provider(counting={"cache_reads": True})).providers["openai"].counting == CountingSettings(
+        cache_reads=True
+    )
+    assert load(provider(counting=dict.fromkeys(counting, None))).providers["openai"].counting == CountingSettings()
+
+
+def test_the_rate_limiter_is_told_how_to_share() -> None:
+    written = {"output_reserve": "strict", "slow_start": False, "max_queue": 0, "weights": {"low": 0.5}}
+
+    assert load(limiter(**written)).middleware.rate_limiter == RateLimiterSettings(
+        output_reserve="strict", slow_start=False, max_queue=0, weights=Weights(high=8, normal=3, low=0.5)
+    )
+    assert load(limiter(weights=None, max_queue=None)).middleware.rate_limiter == RateLimiterSettings()
 
 
 def test_blank_sections_are_empty(write: Write) -> None:
@@ -279,7 +358,9 @@ def test_variables_may_stand_for_numbers_and_flags() -> None:
         (PoolSettings, config.POOL),
         (TimeoutSettings, config.TIMEOUTS),
         (TransportSettings, config.transport_table(Path())),
+        (CountingSettings, config.COUNTING),
         (RateLimiterSettings, config.RATE_LIMITER),
+        (Weights, config.WEIGHTS),
         (RetrySettings, config.RETRY),
         (LoggingSettings, config.LOGGING),
         (MetricsSettings, config.METRICS),
@@ -311,7 +392,12 @@ def test_the_documented_file_holds_every_key_and_its_settings_can_be_switched_on
     assert (anthropic.pool, anthropic.timeouts) == (PoolSettings(), TimeoutSettings())
     assert gateway.transport == TransportSettings()
     assert settings.middleware.extensions == {"my_middleware": {"enabled": True}}
-    tables = (config.LIMITS, config.POOL, config.TIMEOUTS, config.RETRY, config.RATE_LIMITER, config.LOGGING)
+    assert [key.quota_pool for key in anthropic.keys] == ["research", "research", None]
+    assert anthropic.counting == CountingSettings()
+    tables = (
+        *(config.LIMITS, config.POOL, config.TIMEOUTS, config.RETRY, config.RATE_LIMITER, config.LOGGING),
+        *(config.COUNTING, config.WEIGHTS),
+    )
     for key in {*config.TOP, *config.PROVIDER, *config.transport_table(Path()), *(key for t in tables for key in t)}:
         assert re.search(rf"^[ -]*{key}:", text, re.MULTILINE), key
 
@@ -374,6 +460,80 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (provider(rate_limits=[{"requests_per_minute": -5}]), ["rate_limits[0].requests_per_minute: ", "got -5"]),
     (provider(rate_limits={"window_seconds": 0}), ["window_seconds: must be a number of seconds above zero"]),
     (provider(rate_limits=50), ["rate_limits: expected a mapping", "got a number"]),
+    (provider(rate_limits={"tokens_per_minute": 0}), ["rate_limits.tokens_per_minute: 0 would block every call"]),
+    (provider(rate_limits={"requests_per_day": "9"}), ["requests_per_day: expected a whole", "remove the quotes"]),
+    (provider(rate_limits={"tokens_per_day": -1}), ["tokens_per_day: a limit must be above zero, got -1"]),
+    (provider(rate_limits=[{"concurrent_requests": 0.5}]), ["rate_limits[0].concurrent_requests: ", "got 0.5"]),
+    (provider(rate_limits={"burst_seconds": 0}), ["burst_seconds: must be a number of seconds above zero, got 0"]),
+    (
+        provider(rate_limits=[{"burst_seconds": 11, "window_seconds": 10}]),
+        ["providers.openai.rate_limits[0]: burst_seconds (11 s) is above window_seconds (10 s)"],
+    ),
+    (provider(rate_limits={"tokens_per_hour": 1}), ["unknown key 'tokens_per_hour'", "did you mean tokens_per_"]),
+    (provider(tokens_per_day=1), ["providers.openai.tokens_per_day", "belongs under providers.<name>.rate_limits"]),
+    # quota pools
+    (provider(quota_pools=7), ["providers.openai.quota_pools: expected text, got a number: put it in quotes"]),
+    (provider(quota_pools=[""]), ["providers.openai.quota_pools[0]: is empty"]),
+    (provider(api_keys=["a", "b", "c"], quota_pools=["x", "x"]), ["quota_pools: 2 entries for 3 api_keys"]),
+    (provider(quota_pool="x"), ["unknown key 'quota_pool'", "did you mean quota_pools?"]),
+    (
+        shared(models="m", rate_limits=[{"requests_per_minute": 5}, {"requests_per_minute": 6}]),
+        [
+            "providers.openai.rate_limits: limits belong to the pool: api_keys[0] and [1] share the quota pool 'org' "
+            "and the models of 'm', but not their requests_per_minute (5 and 6): give both the same"
+        ],
+    ),
+    (
+        shared(models=[None, "m"], rate_limits=[{"tokens_per_day": 5}, None]),
+        ["the models of 'm', but not their tokens_per_day (5 and nothing)"],
+    ),
+    (shared(rate_limits=[{"window_seconds": 5}, {}]), ["all models, but not their window_seconds (5.0 and 60.0)"]),
+    (
+        shared(
+            models=["x-1", "y"],
+            model_aliases={"y": "x-2"},
+            model_groups={"x": ["x-*"]},
+            rate_limits=[{"burst_seconds": 5}, {"burst_seconds": 6}],
+        ),
+        ["share the quota pool 'org' and the models of 'x', but not their burst_seconds (5.0 and 6.0)"],
+    ),
+    (
+        shared(
+            api_keys=["a", "b", "c"],
+            models=["m", "n", None],
+            rate_limits=[{"requests_per_minute": 5}, {"requests_per_minute": 6}, {"requests_per_minute": 5}],
+        ),
+        ["api_keys[1] and [2] share the quota pool 'org' and the models of 'n'"],
+    ),
+    (shared(quota_pools=KEY, models="m", rate_limits=[{"requests_per_minute": 5}, None]), ["the quota pool text"]),
+    # What cannot be read is not compared.
+    (shared(models="m", rate_limits=[{"requests_per_minute": 0}, {"requests_per_minute": 6}]), ["0 would block"]),
+    # groups of models
+    (provider(model_groups=["m*"]), ["providers.openai.model_groups: expected a mapping", "got a list"]),
+    (provider(model_groups={"x": 1}), ["providers.openai.model_groups.x: expected text, got a number"]),
+    (provider(model_groups={"x": ["m", None]}), ["model_groups.x[1]: expected text, got nothing"]),
+    (provider(model_groups={"x": []}), ["model_groups.x: names no model: give a pattern such as `claude-opus-4*`"]),
+    (provider(model_group={}), ["did you mean model_groups?"]),
+    # how the vendor counts
+    (provider(counting="reserve_max"), ["providers.openai.counting: expected a mapping", "got text"]),
+    (provider(counting={"model": "reserve-mx"}), ["counting.model: unknown word 'reserve-mx': did you mean reserve_"]),
+    (provider(counting={"model": "used"}), ["known: actual_as_produced, reserve_max"]),
+    (provider(counting={"cache_reads": 1}), ["counting.cache_reads: expected true or false, got 1"]),
+    (provider(counting={"reject": True}), ["counting.reject: unknown key 'reject': did you mean rejected?"]),
+    (provider(rejected=True), ["providers.openai.rejected", "belongs under providers.<name>.counting"]),
+    (provider(model="m"), ["providers.openai.model: unknown key 'model': did you mean models?"]),
+    # the rate limiter
+    (limiter(output_reserve="strickt"), ["output_reserve: unknown word 'strickt': did you mean strict?"]),
+    (limiter(slow_start=1), ["middleware.rate_limiter.slow_start: expected true or false, got 1"]),
+    (limiter(max_queue=-1), ["middleware.rate_limiter.max_queue: must not be negative, got -1"]),
+    (limiter(max_queue=1.5), ["max_queue: expected a whole number, got 1.5"]),
+    (limiter(weights=[8, 3, 1]), ["middleware.rate_limiter.weights: expected a mapping", "got a list"]),
+    (limiter(weights={"high": 0}), ["rate_limiter.weights.high: must be a number above zero, got 0"]),
+    (limiter(weights={"low": -0.5}), ["rate_limiter.weights.low: must be a number above zero, got -0.5"]),
+    (limiter(weights={"low": float("nan")}), ["weights.low: expected a number, got nan"]),
+    (limiter(weights={"normal": "3"}), ["weights.normal: expected a number, got '3': remove the quotes"]),
+    (limiter(weights={"urgent": 1}), ["weights.urgent: unknown key 'urgent': known: high, low, normal"]),
+    (limiter(high=1), ["rate_limiter.high: unknown key: it belongs under middleware.rate_limiter.weights"]),
     # one for each key
     (provider(models=["a", "b"]), ["providers.openai.models: 2 entries for 1 api_keys"]),
     (provider(api_keys=["a", "b", "c"], models=["a", "b"]), ["models: 2 entries for 3 api_keys", "a single one"]),
@@ -688,7 +848,10 @@ def test_whoever_has_nothing_is_told_all_the_ways(tmp_path: Path, environ: dict[
 # -- whatever comes
 
 KEYS = st.sampled_from(
-    [*config.TOP, *config.PROVIDER, *config.MIDDLEWARE, *config.POOL, *config.LIMITS, *config.TIMEOUTS, "openai", "x"]
+    [
+        *(*config.TOP, *config.PROVIDER, *config.MIDDLEWARE, *config.POOL, *config.LIMITS, *config.TIMEOUTS),
+        *(*config.COUNTING, *config.RATE_LIMITER, *config.WEIGHTS, "openai", "x"),
+    ]
 )
 LEAVES = st.one_of(
     st.none(),

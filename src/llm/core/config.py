@@ -18,8 +18,9 @@ import msgspec
 
 from . import readers
 from .exceptions import LLMConfigurationError
-from .reading import Absent, Node, Reading, Table, Wrong, kind
+from .reading import Absent, Node, Reader, Reading, Table, Wrong, kind, seen
 from .settings import (
+    CountingSettings,
     KeySettings,
     LimitSettings,
     LLMSettings,
@@ -33,6 +34,7 @@ from .settings import (
     Secret,
     TimeoutSettings,
     TransportSettings,
+    Weights,
 )
 
 DIALECTS = ("anthropic", "openai")
@@ -51,7 +53,17 @@ LIMITS: Table = {
     "requests_per_minute": readers.nullable(readers.limit),
     "input_tokens_per_minute": readers.nullable(readers.limit),
     "output_tokens_per_minute": readers.nullable(readers.limit),
+    "tokens_per_minute": readers.nullable(readers.limit),
     "window_seconds": readers.seconds,
+    "requests_per_day": readers.nullable(readers.limit),
+    "tokens_per_day": readers.nullable(readers.limit),
+    "concurrent_requests": readers.nullable(readers.limit),
+    "burst_seconds": readers.nullable(readers.seconds),
+}
+COUNTING: Table = {
+    "model": readers.nullable(readers.one_of("word", ("reserve_max", "actual_as_produced"))),
+    "cache_reads": readers.nullable(readers.flag),
+    "rejected": readers.nullable(readers.flag),
 }
 POOL: Table = {
     "max_size": readers.count,
@@ -67,7 +79,15 @@ TIMEOUTS: Table = {
     "idle": readers.nullable(readers.seconds),
     "attempt": readers.nullable(readers.seconds),
 }
-RATE_LIMITER: Table = {"enabled": readers.flag, "guard_seconds": readers.seconds_or_zero}
+WEIGHTS: Table = {"high": readers.weight, "normal": readers.weight, "low": readers.weight}
+RATE_LIMITER: Table = {
+    "enabled": readers.flag,
+    "guard_seconds": readers.seconds_or_zero,
+    "output_reserve": readers.one_of("word", ("strict", "balanced", "throughput")),
+    "slow_start": readers.flag,
+    "max_queue": readers.nullable(readers.count_or_zero),
+    "weights": WEIGHTS,
+}
 RETRY: Table = {
     "enabled": readers.flag,
     "max_attempts": readers.count,
@@ -77,7 +97,7 @@ RETRY: Table = {
 }
 LOGGING: Table = {"enabled": readers.flag, "content": readers.flag}
 METRICS: Table = {"enabled": readers.flag}
-_MODEL = readers.nullable(readers.text)
+_NAME = readers.nullable(readers.text)
 UNSUPPORTED = readers.one_of("word", ("drop", "raise"))
 
 
@@ -93,18 +113,21 @@ def transport_table(folder: Path) -> Table:
     }
 
 
-_PROVIDER_LEAVES: Table = {
+_PROVIDER_LEAVES: Mapping[str, Reader[Any]] = {
     "base_url": readers.nullable(readers.base_url),
     "api_version": readers.nullable(readers.text),
     "unsupported": UNSUPPORTED,
 }
 PROVIDER = (
-    *("api_keys", "models", "rate_limits", "dialect", *_PROVIDER_LEAVES, "model_aliases", "extra_body"),
-    *("extra_headers", "pool", "timeouts", "transport"),
+    *("api_keys", "models", "rate_limits", "quota_pools", "dialect", *_PROVIDER_LEAVES, "model_aliases"),
+    *("model_groups", "counting", "extra_body", "extra_headers", "pool", "timeouts", "transport"),
 )
 TOP = ("default_provider", "providers", "middleware", "model_aliases", "store", "unsupported")
 
 _HOMES: Mapping[str, str] = {
+    **dict.fromkeys(WEIGHTS, "middleware.rate_limiter.weights"),
+    # Not its `model`: who writes that elsewhere hardly means how the vendor counts.
+    **dict.fromkeys(("cache_reads", "rejected"), "providers.<name>.counting"),
     **dict.fromkeys(RETRY, "middleware.retry"),
     **dict.fromkeys(RATE_LIMITER, "middleware.rate_limiter"),
     **dict.fromkeys(transport_table(Path()), "providers.<name>.transport"),
@@ -305,6 +328,7 @@ def _provider(
 ) -> ProviderSettings:
     if not _PROVIDER_NAME.fullmatch(key):
         node.wrong("a provider's name is a letter and up to 29 letters, digits, `_`, `-` or `.`")
+    before = len(node.reading.problems)
     fields = node.fields(PROVIDER)
     if "dialect" not in fields and key not in dialects:
         node.wrong(f"a provider of this name needs `dialect:`, one of {', '.join(sorted(dialects))}")
@@ -318,7 +342,7 @@ def _provider(
     transport = _section(fields.get("transport"), TransportSettings, transport_table(node.reading.folder))
     if transport.client_key is not None and transport.client_cert is None:
         fields["transport"].wrong("client_key needs client_cert, the certificate that it belongs to")
-    return ProviderSettings(
+    settings = ProviderSettings(
         name=key,
         dialect=_leaf(fields, "dialect", readers.one_of("dialect", dialects), key),
         keys=_keys(node, fields),
@@ -328,8 +352,44 @@ def _provider(
         transport=transport,
         extra_body=body,
         extra_headers=_headers(fields.get("extra_headers")),
+        model_groups=_groups(fields.get("model_groups")),
+        counting=_section(fields.get("counting"), CountingSettings, COUNTING),
         **{"unsupported": unsupported, **{name: _leaf(fields, name, read, None) for name, read in given.items()}},
     )
+    # What could not be read stands for a default, and would be found to differ.
+    if "rate_limits" in fields and len(node.reading.problems) == before:
+        _check_pools(fields["rate_limits"], settings)
+    return settings
+
+
+def _check_pools(node: Node, settings: ProviderSettings) -> None:
+    """Note the keys that share a quota pool and a group of models, and have other limits than the first of them."""
+    pools: dict[str, dict[str | None, KeySettings]] = {}
+    for key in settings.keys:
+        if key.quota_pool is None:
+            continue
+        group = None
+        if key.model is not None:
+            model = settings.model_aliases.get(key.model, key.model)
+            group = settings.group(model) or model
+        firsts = pools.setdefault(key.quota_pool, {})
+        # A key without a model of its own takes calls of every group.
+        for of, first in list(firsts.items()):
+            if key.limits != first.limits and (of == group or of is None or group is None):
+                one = next(name for name in LIMITS if getattr(first.limits, name) != getattr(key.limits, name))
+                node.wrong(
+                    f"limits belong to the pool: api_keys[{first.number - 1}] and [{key.number - 1}] share the quota "
+                    f"pool {seen(key.quota_pool)} and {_shared(of, group)}, but not their {one} "
+                    f"({seen(getattr(first.limits, one))} and {seen(getattr(key.limits, one))}): "
+                    "give both the same limits, or pools of their own"
+                )
+                break
+        firsts.setdefault(group, key)
+
+
+def _shared(one: str | None, other: str | None) -> str:
+    group = one if one is not None else other
+    return "all models" if group is None else f"the models of {seen(group)}"
 
 
 def _keys(node: Node, fields: Mapping[str, Node]) -> tuple[KeySettings, ...]:
@@ -345,13 +405,21 @@ def _keys(node: Node, fields: Mapping[str, Node]) -> tuple[KeySettings, ...]:
     for index, secret in enumerate(secrets):
         if secret is not None and first.setdefault(secret, index) != index:
             listed.wrong(f"entries [{first[secret]}] and [{index}] are the same key: its limits would count twice")
-    models = _per_key(fields.get("models"), len(entries), lambda entry: entry.leaf(_MODEL, None))
-    limits = _per_key(fields.get("rate_limits"), len(entries), lambda entry: _section(entry, LimitSettings, LIMITS))
+    models = _per_key(fields.get("models"), len(entries), lambda entry: entry.leaf(_NAME, None))
+    limits = _per_key(fields.get("rate_limits"), len(entries), _limits)
+    pools = _per_key(fields.get("quota_pools"), len(entries), lambda entry: entry.leaf(_NAME, None))
     return tuple(
-        KeySettings(number=number, secret=secret, model=model, limits=limit or LimitSettings())
-        for number, (secret, model, limit) in enumerate(zip(secrets, models, limits, strict=True), start=1)
+        KeySettings(number=number, secret=secret, model=model, limits=limit or LimitSettings(), quota_pool=pool)
+        for number, (secret, model, limit, pool) in enumerate(zip(secrets, models, limits, pools, strict=True), start=1)
         if secret is not None
     )
+
+
+def _limits(node: Node) -> LimitSettings:
+    limits = _section(node, LimitSettings, LIMITS)
+    if limits.burst_seconds is not None and limits.burst_seconds > limits.window_seconds:
+        node.wrong(f"burst_seconds ({limits.burst_seconds:g} s) is above window_seconds ({limits.window_seconds:g} s)")
+    return limits
 
 
 def _per_key(node: Node | None, keys: int, read: Callable[[Node], Any]) -> list[Any]:
@@ -378,8 +446,9 @@ def _middleware(node: Node | None, known: Collection[str]) -> MiddlewareSettings
             own = extension.mapping()
             settings = {key: child.tree() for key, child in own.items() if key != "enabled"}
             extensions[name] = {"enabled": _leaf(own, "enabled", readers.flag, True), **settings}
+    limiter = fields["rate_limiter"].section(RATE_LIMITER) if "rate_limiter" in fields else {}
     return MiddlewareSettings(
-        rate_limiter=_section(fields.get("rate_limiter"), RateLimiterSettings, RATE_LIMITER),
+        rate_limiter=RateLimiterSettings(**{**limiter, "weights": Weights(**limiter.get("weights", {}))}),
         retry=retry,
         logging=_section(fields.get("logging"), LoggingSettings, LOGGING),
         metrics=_section(fields.get("metrics"), MetricsSettings, METRICS),
@@ -397,6 +466,15 @@ def _leaf(fields: Mapping[str, Node], key: str, read: Callable[[Any], Any], defa
 
 def _words(node: Node | None, read: Callable[[Any], str]) -> dict[str, str]:
     return {} if node is None else {key: child.leaf(read, "") for key, child in node.mapping().items()}
+
+
+def _groups(node: Node | None) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, child in (node.mapping() if node is not None else {}).items():
+        groups[name] = tuple(pattern.leaf(readers.text, "") for pattern in child.each())
+        if not groups[name]:
+            child.wrong("names no model: give a pattern such as `claude-opus-4*`, or remove the line")
+    return groups
 
 
 def _headers(node: Node | None) -> dict[str, str]:

@@ -63,6 +63,14 @@ def count(value: Any) -> int:
     return number
 
 
+def count_or_zero(value: Any) -> int:
+    """A whole number, zero included."""
+    number = _whole(value)
+    if number < 0:
+        raise Wrong(f"must not be negative, got {seen(number)}")
+    return number
+
+
 def limit(value: Any) -> int:
     """What a rate limit allows: a whole number above zero."""
     number = _whole(value)
@@ -83,12 +91,25 @@ def seconds(value: Any) -> float:
 
 def seconds_or_zero(value: Any) -> float:
     """A time in seconds."""
-    number = _bare(value, r"[+-]?([0-9]{1,15}(\.[0-9]*)?|\.[0-9]+)", float)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
-        raise Wrong(f"expected a number of seconds, got {seen(value)}{_unquote(value)}")
+    number = _number(value, "a number of seconds")
     if number < 0:
         raise Wrong(f"must not be negative, got {seen(number)}")
     return float(number)
+
+
+def weight(value: Any) -> float:
+    """A share, in proportion to the other shares: a number above zero."""
+    number = _number(value, "a number")
+    if number <= 0:
+        raise Wrong(f"must be a number above zero, got {seen(number)}")
+    return float(number)
+
+
+def _number(value: Any, what: str) -> float:
+    number = _bare(value, r"[+-]?([0-9]{1,15}(\.[0-9]*)?|\.[0-9]+)", float)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:
+        raise Wrong(f"expected {what}, got {seen(value)}{_unquote(value)}")
+    return number
 
 
 def _whole(value: Any) -> int:

@@ -17,7 +17,8 @@ import msgspec
 
 T = TypeVar("T")
 Reader: TypeAlias = Callable[[Any], T]
-Table: TypeAlias = Mapping[str, Reader[Any]]
+Table: TypeAlias = Mapping[str, "Reader[Any] | Table"]
+"""How the keys of a mapping are read; a table in it stands for a mapping inside."""
 
 DEPTH = 32
 """Levels of nesting that a configuration may have."""
@@ -112,8 +113,10 @@ class Node:
 
     def section(self, table: Table) -> dict[str, Any]:
         """The fields of a mapping as *table* reads them. What is absent or wrong is left out."""
-        missing = object()
-        values = {key: child.leaf(table[key], missing) for key, child in self.fields(table).items()}
+        missing, values = object(), {}
+        for key, child in self.fields(table).items():
+            read = table[key]
+            values[key] = child.section(read) if isinstance(read, Mapping) else child.leaf(read, missing)
         return {key: value for key, value in values.items() if value is not missing}
 
     def each(self) -> list[Node]:

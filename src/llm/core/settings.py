@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import msgspec
@@ -164,6 +165,13 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     def custom(self) -> bool:
         """Whether the address is not the vendor's own, so that nothing is known of the models behind it."""
         return self.base_url is not None
+
+    def group(self, model: str) -> str | None:
+        """The first of ``model_groups`` with a pattern that fits *model*, None without one."""
+        for name, patterns in self.model_groups.items():
+            if any(fnmatchcase(model, pattern) for pattern in patterns):
+                return name
+        return None
 
     def __repr__(self) -> str:
         # A gateway's token is a header like any other.
