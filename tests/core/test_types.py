@@ -160,6 +160,11 @@ def test_the_typed_dictionary_and_the_struct_name_the_same_options() -> None:
         ({"stop": [1]}, "stop[0]: expected `str`, got `int`"),
         ({"unsupported": "ignore"}, "unsupported: invalid enum value"),
         ({"extra_headers": {"x": 1}}, "extra_headers"),
+        ({"priority": "urgent"}, "priority: expected a Priority or its word, one of 'high', 'normal', 'low'"),
+        ({"priority": 1}, "priority: expected a Priority or its word"),
+        ({"priority": ["high"]}, "priority: expected a Priority or its word"),
+        ({"tenant": 7}, "tenant: expected `str`, got `int`"),
+        ({"tag": b"x", "priority": "low"}, "tag: expected `str`, got `bytes`"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_by_its_name(options: dict[str, Any], complaint: str) -> None:
@@ -173,6 +178,19 @@ def test_a_calls_options_come_before_its_clients() -> None:
     assert read_options({"temperature": 0.1, "n": 2}, {"temperature": 0.9}) == Options(temperature=0.9, n=2)
     assert read_options({"stop": ["a", "b"]}, {}).stop == ("a", "b")
     assert read_options({"temperature": 1}, {"temperature": None}).temperature is None
+
+
+@pytest.mark.parametrize("said", [Priority.HIGH, "high"])
+def test_a_priority_may_be_said_by_its_word(said: Any) -> None:
+    read = read_options({}, {"priority": said}).priority
+    assert (read, type(read)) == (Priority.HIGH, Priority)
+
+
+def test_none_takes_back_what_the_client_says_about_its_calls() -> None:
+    defaults: CallOptions = {"priority": "low", "tenant": "acme", "tag": "summary"}
+    assert read_options(defaults, {}) == Options(priority=Priority.LOW, tenant="acme", tag="summary")
+    assert read_options(defaults, {"priority": None, "tenant": None, "tag": None}) == Options()
+    assert defaults == {"priority": "low", "tenant": "acme", "tag": "summary"}
 
 
 NOTHING: Any = None
@@ -209,11 +227,13 @@ def test_a_string_is_one_message_of_the_user_and_any_iterable_a_conversation() -
 
 GOOD = """
 from typing import assert_type
-from llm import LLMManager, LLMResponse, Message, MessageRole, ResponseStream, StreamChunk
+from llm import LLMManager, LLMResponse, Message, MessageRole, Priority, ResponseStream, StreamChunk
 
 async def use(manager: LLMManager) -> None:
     client = manager.get_client("openai", temperature=0.5)
     assert_type(await client.chat("hello", max_tokens=5), str)
+    await client.chat("hello", priority=Priority.HIGH, tenant="acme", tag="greeting")
+    await client.chat("hello", priority="low", tenant=None, tag=None)
     assert_type(await client.complete([Message(MessageRole.USER, "hello")], stop=["x"]), LLMResponse)
     async for chunk in client.stream_complete("hello", temperature=0.5):
         assert_type(chunk, StreamChunk)
@@ -229,6 +249,7 @@ async def use(manager: LLMManager) -> None:
     await client.complete("hello", max_tokens="5")  # 3
     client.stream_complete("hello", max_token=5)  # 4
     await client.complete(5)  # 5
+    await client.chat("hello", priority="urgent")  # 6
 """
 
 

@@ -79,6 +79,25 @@ def test_encoding_leaves_nothing_behind_for_the_next_request(name: str) -> None:
 
 
 @every_dialect
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_about_the_call_and_not_for_the_vendor_is_not_sent(name: str, streaming: bool) -> None:
+    asked = {"temperature": 0.5, "max_tokens": 5}
+    own = {"priority": "high", "tenant": "acme-tenant", "tag": "acme-tag", "timeout": 7.0}
+    said, silent = (
+        provider(name).encode(Request(ASKED[name].messages, "m", msgspec.convert(options, Options), streaming), "key")
+        for options in (asked | own, asked)
+    )
+    assert (said.request.body, said.request.url, said.request.headers, said.dropped) == (
+        silent.request.body,
+        silent.request.url,
+        silent.request.headers,
+        silent.dropped,
+    )
+    alone = provider(name).encode(Request(ASKED[name].messages, "m", msgspec.convert(own, Options), streaming), "key")
+    assert not re.search(rb"priority|tenant|tag|acme|timeout", alone.request.body)
+
+
+@every_dialect
 def test_a_request_for_a_thousandth_model_is_encoded_like_the_first(name: str) -> None:
     """Model names may come from the application's users; what is remembered of them is bounded."""
     dialect = provider(name)

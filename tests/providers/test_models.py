@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from llm.core.exceptions import LLMInvalidRequestError
-from llm.core.types import Options
+from llm.core.types import Options, Priority
 from llm.providers.catalog import HINTS, PLAIN, Vendor, asked, catalog, leave_out
 from tests.providers.corpus import DIALECTS, provider
 
@@ -158,6 +158,7 @@ def leave(refused: set[str], *, strict: bool = False, **options: Any) -> tuple[d
 
 def test_what_was_not_said_is_not_asked() -> None:
     assert asked(Options(timeout=3, max_tokens=5, unsupported="raise", extra_body={"a": 1})) == {}
+    assert asked(Options(priority=Priority.HIGH, tenant="a", tag="b")) == {}
     assert asked(Options(stop=())) == {}
     assert asked(Options(stop="")) == {}
     assert asked(Options(temperature=0.0, seed=0)) == {"temperature": 0.0, "seed": 0}

@@ -17,12 +17,25 @@ from ..utils.clock import Clock
 from .events import CallFinished, CallStarted, Events
 from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
 from .stream import ResponseStream
-from .types import CallOptions, LLMResponse, Message, MessageRole, Options, Request, Settlement, StreamChunk, Usage
+from .types import (
+    CallOptions,
+    LLMResponse,
+    Message,
+    MessageRole,
+    Options,
+    Priority,
+    Request,
+    Settlement,
+    StreamChunk,
+    Usage,
+)
 
 NO_OPTIONS = Options()
 NO_USAGE = Usage()
 OPTION_NAMES = Options.__struct_fields__
 NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout")
+OWN = ("priority", "tenant", "tag")
+"""Options that have a default of their own; None says nothing, as everywhere."""
 
 
 class Home:
@@ -323,6 +336,9 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
     if not options and not defaults:
         return NO_OPTIONS
     merged: dict[str, Any] = {**defaults, **options}
+    for name in OWN:
+        if name in merged and merged[name] is None:
+            del merged[name]
     try:
         result = msgspec.convert(merged, Options)
     except msgspec.ValidationError as error:
@@ -347,6 +363,9 @@ def _wrong_option(options: Mapping[str, Any], complaint: str) -> LLMInvalidReque
             close = get_close_matches(name, OPTION_NAMES, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(OPTION_NAMES))}"
             return LLMInvalidRequestError(f"{name}: unknown option; {hint} (extra_body passes anything on)")
+    if not isinstance(priority := options.get("priority", Priority.NORMAL), str) or priority not in set(Priority):
+        words = ", ".join(repr(priority.value) for priority in Priority)
+        return LLMInvalidRequestError(f"priority: expected a Priority or its word, one of {words}")
     # msgspec names the place as `$.temperature`; the value itself might be a prompt and is not shown.
     what, _, where = complaint.partition(" - at `$.")
     return LLMInvalidRequestError(f"{where.rstrip('`') or 'options'}: {what[:1].lower()}{what[1:]}")

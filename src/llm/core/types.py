@@ -205,9 +205,9 @@ class CallOptions(TypedDict, total=False):
     unsupported: Literal["drop", "raise"] | None
     extra_body: dict[str, Any] | None
     extra_headers: dict[str, str] | None
-    priority: Priority
-    tenant: str
-    tag: str
+    priority: Priority | Literal["high", "normal", "low"] | None
+    tenant: str | None
+    tag: str | None
 
 
 class Request(msgspec.Struct, frozen=True):
