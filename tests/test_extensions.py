@@ -30,6 +30,7 @@ from llm import (
     StreamChunk,
     Usage,
 )
+from llm.core.types import Counting
 from llm.providers.base import Encoded
 from llm.testing.clock import FakeClock
 from llm.testing.transport import Script, Scripted, ScriptedTransport
@@ -65,6 +66,7 @@ class ParrotProvider:
     """A dialect in which a prompt is the body and the body is the answer."""
 
     default_model: str | None = "parrot-1"
+    counting = Counting()
 
     def __init__(self, settings: ProviderSettings) -> None:
         self.name = settings.name
@@ -91,6 +93,9 @@ class ParrotProvider:
 
     def replacement(self, model: str) -> str | None:
         return None
+
+    def group(self, model: str) -> str:
+        return model
 
 
 class ShoutMiddleware:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from llm.core.exceptions import LLMInvalidRequestError
-from llm.core.types import Options, Priority
+from llm.core.types import Counting, Options, Priority
 from llm.providers.catalog import HINTS, PLAIN, Vendor, asked, catalog, leave_out
-from tests.providers.corpus import DIALECTS, provider
+from llm.providers.quota import Groups
+from tests.providers.corpus import DIALECTS, Case, provider, settings
 
 VENDORS = [pytest.param(catalog().anthropic, id="anthropic"), pytest.param(catalog().openai, id="openai")]
 
@@ -146,6 +148,102 @@ def test_a_gpt_has_the_rules_of_its_family(model: str, refuses: set[str], field:
 def test_some_gpts_refuse_nothing_while_they_do_not_reason(model: str, effort: str) -> None:
     family = catalog().openai.family(model)
     assert (family.free_at_effort, family.default_effort) == ("none", effort)
+
+
+# ---------------------------------------------------------------------------------------------------- shared limits
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "models"),
+    [
+        ("anthropic", "claude-opus-4.x", "claude-opus-4 claude-opus-4-1 claude-opus-4-5-20251101 claude-opus-4-8"),
+        ("anthropic", "claude-sonnet-4.x", "claude-sonnet-4-20250514 claude-sonnet-4-5 claude-sonnet-4-6"),
+        ("anthropic", "claude-haiku-4-5", "claude-haiku-4-5 claude-haiku-4-5-20251001"),
+        ("anthropic", "claude-3-5-haiku", "claude-3-5-haiku-20241022 claude-3-5-haiku-latest"),
+        ("anthropic", "claude-opus-5", "claude-opus-5"),
+        ("anthropic", "claude-opus-5-5", "claude-opus-5-5"),
+        ("anthropic", "claude-opus-40", "claude-opus-40"),
+        ("openai", "gpt-5.5", "gpt-5.5 gpt-5.5-2026-04-23"),
+        ("openai", "gpt-4o", "gpt-4o gpt-4o-2024-05-13 gpt-4o-2024-08-06"),
+        ("openai", "gpt-4o-mini", "gpt-4o-mini gpt-4o-mini-2024-07-18"),
+        ("openai", "gpt-6.1-sol", "gpt-6.1-sol"),
+        ("openai", "gpt-5.5-2026-04-23-pro", "gpt-5.5-2026-04-23-pro"),
+        ("openai", "", ""),
+    ],
+)
+def test_models_that_share_a_limit_are_one_group(name: str, group: str, models: str) -> None:
+    dialect = provider(name)
+    assert {dialect.group(model) for model in models.split(" ")} == {group}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_what_is_configured_comes_before_what_is_known(name: str) -> None:
+    groups = {"mine": ["claude-opus-4-8", "gpt-4o-*"], "rest": ["claude-opus-*"]}
+    for address in (None, "http://127.0.0.1:8000"):
+        dialect = provider(name, {"settings": {"model_groups": groups, "base_url": address}})
+        assert [dialect.group(model) for model in ("gpt-4o-2024-08-06", "claude-opus-4-8")] == ["mine", "mine"]
+        assert dialect.group("claude-opus-4-5") == "rest"
+        assert dialect.group("gpt-4") == "gpt-4"
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_each_model_has_its_own_limit_under_a_custom_address(name: str) -> None:
+    dialect = provider(name, {"settings": {"base_url": "http://127.0.0.1:8000"}})
+    for model in ("claude-opus-4-8", "claude-haiku-4-5-20251001", "gpt-4o-2024-08-06"):
+        assert dialect.group(model) == model
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_groups_of_models_without_end_do_not_fill_the_memory(name: str) -> None:
+    groups = Groups(settings(name), catalog().openai)
+    assert [groups[f"m{i}-2026-04-23"] for i in range(1000)] == [f"m{i}" for i in range(1000)]
+    assert len(groups) == 1000 % 256
+
+
+def test_the_vendors_count_differently() -> None:
+    anthropic, openai = provider("anthropic").counting, provider("openai").counting
+    assert (anthropic.reserve_max, anthropic.cache_reads, anthropic.rejected) == (False, False, True)
+    assert openai == Counting(reserve_max=True, cache_reads=True, rejected=True)
+
+
+def test_cache_reads_count_for_some_models_of_a_vendor_for_which_they_do_not() -> None:
+    dialect = provider("anthropic")
+    counted = {
+        model: dialect.counting.counts_cache_reads(dialect.group(model))
+        for model in ("claude-3-5-haiku-20241022", "claude-haiku-4-5", "claude-opus-5-5")
+    }
+    assert counted == {"claude-3-5-haiku-20241022": True, "claude-haiku-4-5": False, "claude-opus-5-5": False}
+    assert provider("openai").counting.counts_cache_reads("gpt-5.5")
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_groups_that_count_cache_reads_are_groups(vendor: Vendor) -> None:
+    for group in vendor.cache_reads_of:
+        assert group in vendor.groups or vendor.group(group) == group
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize(
+    ("said", "changed"),
+    [
+        ({}, {}),
+        ({"model": "reserve_max"}, {"reserve_max": True}),
+        ({"model": "actual_as_produced"}, {"reserve_max": False}),
+        ({"cache_reads": True}, {"cache_reads": True, "cache_reads_of": frozenset()}),
+        ({"cache_reads": False}, {"cache_reads": False, "cache_reads_of": frozenset()}),
+        ({"rejected": False}, {"rejected": False}),
+    ],
+)
+def test_what_is_said_of_a_vendors_counting_is_believed(name: str, said: Case, changed: Case) -> None:
+    found = provider(name, {"settings": {"counting": said}}).counting
+    assert found == msgspec.structs.replace(provider(name).counting, **changed)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_a_custom_address_counts_as_the_dialects_vendor_does(name: str) -> None:
+    """For want of a better guess; the models that the vendor excepts are not known there."""
+    found = provider(name, {"settings": {"base_url": "http://127.0.0.1:8000"}}).counting
+    assert found == msgspec.structs.replace(provider(name).counting, cache_reads_of=frozenset())
 
 
 # ---------------------------------------------------------------------------------------------------- the rule

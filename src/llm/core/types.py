@@ -63,6 +63,12 @@ class Counting(msgspec.Struct, frozen=True, gc=False):
     """Whether input that came from a prompt cache counts."""
     rejected: bool = True
     """Whether a request that was answered with 429 counts as one."""
+    cache_reads_of: frozenset[str] = frozenset()
+    """Groups of models for which cache reads count although they do not for the others (Anthropic's Haiku 3.5)."""
+
+    def counts_cache_reads(self, group: str) -> bool:
+        """Whether input from a prompt cache counts for the models of *group*."""
+        return self.cache_reads or group in self.cache_reads_of
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):

@@ -27,6 +27,7 @@ from ..core.exceptions import (
 )
 from ..core.settings import ProviderSettings
 from ..core.types import (
+    Counting,
     Headers,
     LimitState,
     LLMResponse,
@@ -47,6 +48,7 @@ from ..utils.json_body import encode_body
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
 from .event_stream import EventStream
+from .quota import Groups, merged
 
 BASE_URL: Final = "https://api.anthropic.com"
 API_VERSION: Final = "2023-06-01"
@@ -215,6 +217,15 @@ class AnthropicProvider:
         }
         self._stream_headers = self._headers | {"accept": "text/event-stream"}
         self._families: dict[str, Family] = {}
+        self._groups = Groups(settings, vendor)
+        # What is produced counts, as it is, and `max_tokens` not at all. Whether refused requests do is not documented.
+        known = Counting(
+            reserve_max=False,
+            cache_reads=False,
+            rejected=True,
+            cache_reads_of=frozenset() if settings.custom else vendor.cache_reads_of,
+        )
+        self.counting = merged(known, settings.counting)
 
     def __repr__(self) -> str:
         return f"<AnthropicProvider {self.name}>"
@@ -338,6 +349,10 @@ class AnthropicProvider:
                 reset_after = max(0.0, full - now) if full is not None and now is not None else None
                 found[field] = LimitState(limit, remaining, reset_after)
         return ObservedLimits(**found) if found else None
+
+    def group(self, model: str) -> str:
+        """The configured group of *model*, or what the vendor is known to limit together."""
+        return self._groups[model]
 
     def probe(self, key: str) -> HTTPRequest:
         """The list of models: free, and refused like any other request if the key is."""

@@ -51,12 +51,14 @@ class Provider(Protocol):
     """The provider's name in the configuration."""
     default_model: str | None
     """What a key without a model of its own sends when the call names none; data, not code (``models.toml``)."""
-
     counting: Counting
-    """How the vendor counts against its limits."""
+    """How the vendor counts against its limits; ``Counting()`` if nobody knows."""
 
     def group(self, model: str) -> str:
-        """The name of the models that share one limit with *model*; the model itself if none do."""
+        """The name of the models that share one limit with *model*; the model itself if none do.
+
+        Asked for every call: it does not raise, whatever the name, and what it remembers is bounded.
+        """
         ...
 
     def encode(self, request: Request, key: str) -> Encoded:

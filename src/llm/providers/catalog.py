@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from datetime import date
 from fnmatch import fnmatchcase
@@ -60,10 +61,21 @@ class Vendor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked for when neither call nor key names a model."""
     families: tuple[Family, ...]
     retired: dict[str, Retirement]
+    snapshot: str
+    """Regular expression for what the name of a dated snapshot adds to its model's."""
+    groups: dict[str, tuple[str, ...]] = {}
+    """Models that share one limit, beyond a model and its snapshots: patterns by the group's name."""
+    cache_reads_of: frozenset[str] = frozenset()
+    """Groups whose limit counts input from a prompt cache although the vendor's others do not."""
 
     def family(self, model: str) -> Family:
         """The rules for *model*: the first family that fits; of an unknown name, the newest one's."""
         return next((family for family in self.families if _fits(model, family.models)), self.families[-1])
+
+    def group(self, model: str) -> str:
+        """The models that share one limit with *model*: the first group that fits, or the model without its date."""
+        fits = (name for name, patterns in self.groups.items() if _fits(model, patterns))
+        return next(fits, None) or re.sub(rf"(?:{self.snapshot})\Z", "", model)
 
     def retirement(self, model: str) -> Retirement | None:
         """When *model* goes, None if no date is known; the past and the future alike."""

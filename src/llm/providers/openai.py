@@ -29,6 +29,7 @@ from ..core.exceptions import (
 )
 from ..core.settings import ProviderSettings
 from ..core.types import (
+    Counting,
     Headers,
     LimitState,
     LLMResponse,
@@ -49,6 +50,7 @@ from ..utils.json_body import encode_body
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
 from .event_stream import EventStream
+from .quota import Groups, merged
 
 BASE_URL: Final = "https://api.openai.com/v1"
 
@@ -211,6 +213,10 @@ class OpenAIProvider:
             # Padding against eavesdroppers who measure packets; it is bandwidth, and a strict server refuses the word.
             self._stream_options["include_obfuscation"] = False
         self._families: dict[str, Family] = {}
+        self._groups = Groups(settings, vendor)
+        # The vendor says that cached input and refused requests count. Compatible servers may differ (`counting`).
+        known = Counting(reserve_max=True, cache_reads=True, rejected=True)
+        self.counting = merged(known, settings.counting)
 
     def __repr__(self) -> str:
         return f"<OpenAIProvider {self.name}>"
@@ -325,6 +331,10 @@ class OpenAIProvider:
         if requests is None and tokens is None:
             return None
         return ObservedLimits(requests=requests, tokens=tokens)
+
+    def group(self, model: str) -> str:
+        """The configured group of *model*, or the model of which it is a dated snapshot."""
+        return self._groups[model]
 
     def probe(self, key: str) -> HTTPRequest:
         """The list of models: free, and refused like any other request if the key is."""
