@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import aiohttp
 
@@ -24,6 +25,10 @@ class ResponseHeaders(Mapping[str, str]):
 
     def __getitem__(self, name: str) -> str:
         return self._fields[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        # The mixin's would raise and catch a KeyError for each name that is not there; many are asked for of an answer.
+        return self._fields.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._fields
