@@ -346,6 +346,7 @@ def test_headers_mean_what_their_golden_file_says(name: str, case: Case) -> None
         assert error.retry_after == expect.pop("retry_after")
     limits = dialect.limits(case["headers"])
     assert limits is not None
+    assert list(limits.owners) == expect.pop("owners", list(limits.owners))
     for field, (limit, remaining, reset_after) in expect.items():
         state = getattr(limits, field)
         assert (state.limit, state.remaining, state.reset_after) == (limit, remaining, reset_after)
@@ -354,8 +355,13 @@ def test_headers_mean_what_their_golden_file_says(name: str, case: Case) -> None
 @every_dialect
 def test_every_rate_limit_header_has_a_golden_file(name: str) -> None:
     headers = golden(name, "headers")["limits"]["headers"]
+    anywhere = {header for case in golden(name, "headers").values() for header in case["headers"]}
     if name == "anthropic":
-        named = {header for _, *names in anthropic._LIMIT_HEADERS for header in names}
+        named = {header for names in anthropic._LIMIT_HEADERS for header in names}
+        owners = {"anthropic-organization-id", "anthropic-workspace-id"}
     else:
         named = {f"x-ratelimit-{a}-{b}" for a in ("limit", "remaining", "reset") for b in ("requests", "tokens")}
+        owners = {"openai-organization", "openai-project"}
+        assert {header for names in openai._LIMIT_HEADERS for header in names} <= anywhere
     assert named <= set(headers)
+    assert owners <= anywhere

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.core.exceptions import LLMException, LLMInvalidRequestError, LLMProtocolError
-from llm.core.types import Message, MessageRole, Options, Request
+from llm.core.exceptions import LLMException, LLMInvalidRequestError, LLMProtocolError, LLMRateLimitError, Scope
+from llm.core.types import Message, MessageRole, ObservedLimits, Options, Request
 from tests.providers.corpus import (
     ASKED,
     DIALECTS,
@@ -334,11 +334,78 @@ def test_headers_without_limits_are_no_limits(name: str) -> None:
     assert provider(name).limits({"date": "Sun, 22 Nov 2026 10:00:00 GMT", "x-request-id": "r"}) is None
 
 
+@every_dialect
+def test_an_answer_that_names_the_keys_owner_tells_that_alone(name: str) -> None:
+    for headers, owners in OWNERS[name]:
+        assert provider(name).limits(headers) == (ObservedLimits(owners=owners) if owners else None)
+
+
+OWNERS: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
+    "anthropic": [
+        ({"anthropic-organization-id": "o1"}, ("organization o1",)),
+        ({"anthropic-workspace-id": "wrkspc_1"}, ("workspace wrkspc_1",)),
+        (
+            {"anthropic-workspace-id": "wrkspc_1", "anthropic-organization-id": "o1"},
+            ("organization o1", "workspace wrkspc_1"),
+        ),
+        ({"anthropic-organization-id": " "}, ()),
+        ({"anthropic-organization-id": "x" * 129, "anthropic-workspace-id": "a\0b"}, ()),
+        ({"openai-organization": "org-1"}, ()),
+    ],
+    "openai": [
+        ({"openai-organization": "org-1"}, ("organization org-1",)),
+        ({"openai-project": "proj_1", "openai-organization": "org-1"}, ("organization org-1", "project proj_1")),
+        ({"openai-organization": "", "openai-project": "\tproj_1 "}, ("project proj_1",)),
+        ({"anthropic-workspace-id": "wrkspc_1"}, ()),
+    ],
+}
+
+
+@every_dialect
+@pytest.mark.parametrize("digits", ["9" * 16, "9" * 400, "9" * 5000, "1e9", "-1"], ids=len)
+def test_a_limit_that_cannot_be_is_no_limit_and_no_error(name: str, digits: str) -> None:
+    names = {"anthropic": "anthropic-ratelimit-requests-{}", "openai": "x-ratelimit-{}-requests"}[name]
+    headers = {names.format(word): digits for word in ("limit", "remaining", "reset")}
+    assert provider(name).limits(headers) is None
+    sound = headers | {names.format("limit"): "50", names.format("remaining"): "49"}
+    found = provider(name).limits(sound)
+    assert found is not None
+    assert found.requests is not None
+    assert (found.requests.limit, found.requests.remaining) == (50, 49)
+
+
+@every_dialect
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_429_for_too_steep_a_ramp_says_so_in_its_code(name: str, streamed: bool) -> None:
+    """It is about the speed at which use grows: the limits themselves do not explain it."""
+    code, body = {
+        "anthropic": (
+            "ramp_limit_exceeded",
+            b'{"type":"error","error":{"type":"rate_limit_error","message":"m",'
+            b'"details":{"error_code":"ramp_limit_exceeded"}}}',
+        ),
+        "openai": ("slow_down", b'{"error":{"message":"m","type":"rate_limit_error","param":null,"code":"slow_down"}}'),
+    }[name]
+    found: LLMException | None
+    if streamed:
+        decoder = provider(name).stream_decoder(ASKED[name])
+        decoder.feed(b"data: " + body + b"\n\n")
+        found = decoder.error
+    else:
+        found = provider(name).classify(ASKED[name], 429, {"retry-after": "3"}, body)
+        assert found.retry_after == 3.0
+    assert isinstance(found, LLMRateLimitError)
+    assert (found.code, found.status, found.retryable, found.scope) == (code, 429, True, Scope.KEY)
+
+
 HEADER_NAMES = [
     f"{prefix}{name}"
     for prefix, names in (
         ("anthropic-ratelimit-", ("requests-limit", "tokens-remaining", "input-tokens-reset", "input-tokens-limit")),
         ("x-ratelimit-", ("limit-requests", "remaining-tokens", "reset-tokens", "limit-tokens")),
+        ("x-ratelimit-", ("limit-project-tokens", "remaining-project-tokens", "reset-project-tokens")),
+        ("anthropic-", ("organization-id", "workspace-id")),
+        ("openai-", ("organization", "project")),
         ("", ("date", "retry-after", "retry-after-ms", "x-should-retry", "request-id")),
     )
     for name in names

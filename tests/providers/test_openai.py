@@ -101,6 +101,29 @@ def test_what_cannot_be_read_of_the_limits_is_left_out(
     assert (found.tokens if found else None) == expected
 
 
+@pytest.mark.parametrize(
+    ("tokens", "of_project", "expected"),
+    [
+        (("100", "7", "1s"), ("50", "8", "2s"), LimitState(100, 7, 1.0)),
+        (("100", "7", "1s"), ("500", "6", "2s"), LimitState(500, 6, 2.0)),
+        (("100", "7", "1s"), ("100", "7", "2s"), LimitState(100, 7, 1.0)),
+        (("100", "", "1s"), ("500", "400", "2s"), LimitState(500, 400, 2.0)),
+        (("100", "7", "1s"), ("50", "", "2s"), LimitState(100, 7, 1.0)),
+        (("-1", "0", "1s"), ("50", "8", "2s"), LimitState(50, 8, 2.0)),
+        (("100", "7", "1s"), ("-1", "0", "2s"), LimitState(100, 7, 1.0)),
+    ],
+)
+def test_of_the_organisations_tokens_and_the_projects_those_with_less_left_count(
+    openai: OpenAIProvider, tokens: tuple[str, ...], of_project: tuple[str, ...], expected: LimitState
+) -> None:
+    headers = {
+        f"x-ratelimit-{word}-{name}": value
+        for name, values in (("tokens", tokens), ("project-tokens", of_project))
+        for word, value in zip(("limit", "remaining", "reset"), values, strict=True)
+    }
+    assert openai.limits(headers) == ObservedLimits(tokens=expected)
+
+
 def test_an_answer_that_cannot_be_read_is_kept_but_not_quoted(openai: OpenAIProvider) -> None:
     """Messages reach the log; answers do not."""
     body = b'{"choices":[{"message":{"content":"my secret"},"index":"0"}]}'

@@ -42,13 +42,12 @@ from ..core.types import (
 )
 from ..transports.base import HTTPRequest
 from ..utils.error_body import UNREADABLE, ErrorBody, read_error_body
-from ..utils.header_values import http_date, rfc3339, whole_number
 from ..utils.http_errors import build_error, error_for_status, unreadable
 from ..utils.json_body import encode_body
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
 from .event_stream import EventStream
-from .quota import Groups, merged
+from .quota import Groups, count, merged, owners, seconds_until
 
 BASE_URL: Final = "https://api.anthropic.com"
 API_VERSION: Final = "2023-06-01"
@@ -99,8 +98,8 @@ ERROR_BY_OPENING: Final[dict[str, type[LLMException]]] = {
 """First words of an ``invalid_request_error``, where the vendor has no code."""
 
 _LIMIT_HEADERS: Final = tuple(
-    (field, *(f"anthropic-ratelimit-{field.replace('_', '-')}-{word}" for word in ("limit", "remaining", "reset")))
-    for field in ("requests", "input_tokens", "output_tokens", "tokens")
+    (f"anthropic-ratelimit-{name}-limit", f"anthropic-ratelimit-{name}-remaining", f"anthropic-ratelimit-{name}-reset")
+    for name in ("requests", "input-tokens", "output-tokens", "tokens")
 )
 # The dialect has no word for these, at any address.
 _NO_WORD: Final = frozenset(("frequency_penalty", "presence_penalty", "seed", "n"))
@@ -339,16 +338,12 @@ class AnthropicProvider:
 
     def limits(self, headers: Headers) -> ObservedLimits | None:
         """The ``anthropic-ratelimit-*`` headers. Resets are dates and so count from the response's own ``Date``."""
-        now = http_date(headers.get("date"))
-        found: dict[str, LimitState] = {}
-        for field, of_limit, of_remaining, of_reset in _LIMIT_HEADERS:
-            limit = whole_number(headers.get(of_limit))
-            remaining = whole_number(headers.get(of_remaining))
-            if limit is not None or remaining is not None:
-                full = rfc3339(headers.get(of_reset))
-                reset_after = max(0.0, full - now) if full is not None and now is not None else None
-                found[field] = LimitState(limit, remaining, reset_after)
-        return ObservedLimits(**found) if found else None
+        date = headers.get("date")
+        requests, given, made, tokens = [_limit(headers, names, date) for names in _LIMIT_HEADERS]
+        named = owners(headers.get("anthropic-organization-id"), headers.get("anthropic-workspace-id"), None)
+        if requests is given is made is tokens is None and not named:
+            return None
+        return ObservedLimits(requests, given, made, tokens, named)
 
     def group(self, model: str) -> str:
         """The configured group of *model*, or what the vendor is known to limit together."""
@@ -519,6 +514,14 @@ def _without_usage(data: bytes) -> _Event:
     message = plain.message
     reply = _Reply(message.type, message.id, message.model) if message is not None else None
     return _Event(plain.type, plain.delta, plain.content_block, reply)
+
+
+def _limit(headers: Headers, names: tuple[str, str, str], date: str | None) -> LimitState | None:
+    of_limit, of_remaining, of_reset = names
+    limit, remaining = count(headers.get(of_limit)), count(headers.get(of_remaining))
+    if limit is None and remaining is None:
+        return None
+    return LimitState(limit, remaining, seconds_until(headers.get(of_reset), date))
 
 
 def _usage(usage: _Usage) -> Usage:

@@ -13,6 +13,7 @@ Sources: the vendor's API reference, and what compatible servers were seen to se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -44,13 +45,13 @@ from ..core.types import (
 )
 from ..transports.base import HTTPRequest
 from ..utils.error_body import MAX_BODY, UNREADABLE, ErrorBody, read_error_body
-from ..utils.header_values import go_duration, whole_number
+from ..utils.header_values import whole_number
 from ..utils.http_errors import build_error, error_for_status, unreadable
 from ..utils.json_body import encode_body
 from .base import Encoded
 from .catalog import Family, asked, catalog, leave_out
 from .event_stream import EventStream
-from .quota import Groups, merged
+from .quota import Groups, count, merged, owners, seconds
 
 BASE_URL: Final = "https://api.openai.com/v1"
 
@@ -107,6 +108,10 @@ ERROR_BY_CODE: Final[dict[str, type[LLMException]]] = {
 }
 """Codes and types that mean the same under any status: a spent quota comes as 429, 400 and 403."""
 
+_LIMIT_HEADERS: Final = tuple(
+    (f"x-ratelimit-limit-{name}", f"x-ratelimit-remaining-{name}", f"x-ratelimit-reset-{name}")
+    for name in ("requests", "tokens", "project-tokens")
+)
 _NOTHING_ASKED: Final = Options()
 _SYSTEM: Final = MessageRole.SYSTEM
 # The vendor has no word for it; compatible servers do.
@@ -325,12 +330,17 @@ class OpenAIProvider:
         )
 
     def limits(self, headers: Headers) -> ObservedLimits | None:
-        """The ``x-ratelimit-*`` headers; their resets are durations. ``tokens`` is input and output together."""
-        requests = _limit(headers, "requests")
-        tokens = _limit(headers, "tokens")
-        if requests is None and tokens is None:
+        """The ``x-ratelimit-*`` headers; their resets are durations. ``tokens`` is input and output together.
+
+        Of the organisation's tokens and the project's, which are limits of their own, the one with less left is told.
+        """
+        requests, tokens, of_project = (_limit(headers, names) for names in _LIMIT_HEADERS)
+        if of_project is not None and (tokens is None or _left(of_project) < _left(tokens)):
+            tokens = of_project
+        named = owners(headers.get("openai-organization"), None, headers.get("openai-project"))
+        if requests is None and tokens is None and not named:
             return None
-        return ObservedLimits(requests=requests, tokens=tokens)
+        return ObservedLimits(requests=requests, tokens=tokens, owners=named)
 
     def group(self, model: str) -> str:
         """The configured group of *model*, or the model of which it is a dated snapshot."""
@@ -564,10 +574,15 @@ def _status(said: ErrorBody) -> int:
     return STATUS_BY_TYPE.get(said.code) or STATUS_BY_TYPE.get(said.type, 500)
 
 
-def _limit(headers: Headers, name: str) -> LimitState | None:
-    text = headers.get("x-ratelimit-limit-" + name)
-    limit, remaining = whole_number(text), whole_number(headers.get("x-ratelimit-remaining-" + name))
+def _limit(headers: Headers, names: tuple[str, str, str]) -> LimitState | None:
+    of_limit, of_remaining, of_reset = names
+    text = headers.get(of_limit)
+    limit, remaining = count(text), count(headers.get(of_remaining))
     # A limit that is no number (Azure: -1) makes "0 remaining" no fact either.
     if limit is None and (text is not None or remaining is None):
         return None
-    return LimitState(limit, remaining, go_duration(headers.get("x-ratelimit-reset-" + name)))
+    return LimitState(limit, remaining, seconds(headers.get(of_reset)))
+
+
+def _left(state: LimitState) -> float:
+    return inf if state.remaining is None else state.remaining

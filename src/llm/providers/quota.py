@@ -1,10 +1,20 @@
-"""Whose limit a call uses up, and how: the models that share one, and what the vendor counts."""
+"""Whose limit a call uses up, and how: the models that share one, what the vendor counts, and what its headers tell.
+
+The readers of headers run for every answer, and their caches serve the words that neighbouring answers repeat: limits,
+remainders that are rounded to thousands, the same second, the same owner. All of them are bounded, and none raises.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from ..core.settings import CountingSettings, ProviderSettings
 from ..core.types import Counting
+from ..utils.header_values import go_duration, http_date, rfc3339, whole_number
 from .catalog import Vendor
+
+_LARGEST = 10**15
+"""Above it a limit is none, and arithmetic with floats would go wrong."""
 
 
 class Groups(dict[str, str]):
@@ -40,3 +50,32 @@ def merged(vendors: Counting, said: CountingSettings) -> Counting:
         rejected=vendors.rejected if said.rejected is None else said.rejected,
         cache_reads_of=vendors.cache_reads_of if said.cache_reads is None else frozenset(),
     )
+
+
+@lru_cache(maxsize=1024)
+def count(text: str | None) -> int | None:
+    """A limit or what remains of it, None if there is no such number."""
+    found = whole_number(text)
+    return found if found is not None and found <= _LARGEST else None
+
+
+@lru_cache(maxsize=256)
+def seconds_until(instant: str | None, date: str | None) -> float | None:
+    """Seconds from an HTTP *date* until the *instant* of an RFC 3339 timestamp, 0 if it has passed."""
+    then, now = rfc3339(instant), http_date(date)
+    return max(0.0, then - now) if then is not None and now is not None else None
+
+
+@lru_cache(maxsize=256)
+def seconds(duration: str | None) -> float | None:
+    """Seconds of a duration as Go prints it."""
+    return go_duration(duration)
+
+
+@lru_cache(maxsize=256)
+def owners(organization: str | None, workspace: str | None, project: str | None) -> tuple[str, ...]:
+    """Those of a key's owners that an answer names, in the vendors' words: ``organization org-1``."""
+    given = (("organization", organization), ("workspace", workspace), ("project", project))
+    named = ((what, name.strip()) for what, name in given if name is not None)
+    # They are shown to people, and a server may send anything.
+    return tuple(f"{what} {name}" for what, name in named if 0 < len(name) <= 128 and name.isprintable())
