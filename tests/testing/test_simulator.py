@@ -77,6 +77,27 @@ async def test_a_chat_completion_is_answered_in_the_words_of_openai(client: Clie
     assert reply.headers["openai-organization"].startswith("org-")
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_keys_of_one_organisation_share_its_limits_and_say_so(client: Client, dialect: str) -> None:
+    limits = {"acme": Limits(requests=2), "*": Limits(requests=1)}
+    settings = SimulatorSettings(limits=limits, organizations={"one": "acme", "two": "acme"})
+    async with Simulator(settings) as simulator:
+        replies = {
+            name: await client.ask(simulator, dialect, key=key)
+            for name, key in {"first": "one", "second": "two", "third": "one", "other": "three"}.items()
+        }
+    assert {name: reply.status for name, reply in replies.items()} == {
+        "first": 200,
+        "second": 200,
+        "third": 429,
+        "other": 200,
+    }
+    owners = ("anthropic-organization-id", "anthropic-workspace-id", "openai-organization")
+    said = {name: [reply.headers.get(owner) for owner in owners] for name, reply in replies.items()}
+    assert said["first"] == said["second"] == said["third"]
+    assert all(one != other for one, other in zip(said["first"], said["other"], strict=True) if one is not None)
+
+
 async def test_a_message_stream_has_the_events_and_order_of_anthropic(client: Client) -> None:
     async with Simulator() as simulator:
         reply = await client.ask(simulator, "anthropic", stream=True)

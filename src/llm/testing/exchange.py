@@ -211,7 +211,8 @@ class Exchange:
     # -- answers -------------------------------------------------------------------------------------------------
 
     def _headers(self) -> dict[str, str]:
-        return self.dialect.headers(self.account, self.arrival.key, self.request_id, self._clock())
+        owner = self._simulator.owner(self.arrival.key)
+        return self.dialect.headers(self.account, owner, self.request_id, self._clock())
 
     def _refuse(self, problem: Problem, wait: float | None = None) -> web.Response:
         """An error in the vendor's words; *wait* is told as retry-after, in seconds."""

@@ -44,7 +44,8 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
 
-    limits: Limits | Mapping[str, Limits] = Limits()  # for each key, or by key ("*" for all others)
+    limits: Limits | Mapping[str, Limits] = Limits()  # for each key, or by key or organisation ("*" for all others)
+    organizations: Mapping[str, str] = {}  # by key: keys of one organisation share its limits; of none: its own
     output_counting: Literal["produced", "reserve_max"] = "produced"  # as Anthropic does, or as OpenAI does
     count_rejected: bool | None = None  # do refused requests use up the request limit; None: OpenAI's do
 
@@ -104,7 +105,8 @@ class Simulator:
         self.random = random or _seeded(settings.seed)
         self.record = record
         self._follow_loop = clock is None
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, Account] = {}  # by key
+        self._shared: dict[str, Account] = {}  # by organisation
         self._sequence = 0
         self._runner: web.ServerRunner | None = None
         self._server: web.Server | None = None
@@ -213,15 +215,24 @@ class Simulator:
         """Forget every fault, ordered, scripted or left to chance. Revoked keys stay revoked."""
         self.plan.heal()
 
+    def owner(self, key: str) -> str:
+        """The organisation of *key*: one of its own, by its name, unless the settings name another."""
+        return self.settings.organizations.get(key, key)
+
     def account(self, key: str) -> Account:
-        """The windows of *key*."""
+        """The windows of *key*, which are those of its organisation."""
         account = self._accounts.get(key)
         if account is None:
-            limits = self.settings.limits
-            if not isinstance(limits, Limits):
-                limits = limits.get(key) or limits.get("*") or Limits()
-            account = Account(limits, reserve_output=self.settings.output_counting == "reserve_max")
+            organization = self.settings.organizations.get(key)
+            account = self._shared.get(organization) if organization is not None else None
+            if account is None:
+                limits = self.settings.limits
+                if not isinstance(limits, Limits):
+                    limits = limits.get(self.owner(key)) or limits.get("*") or Limits()
+                account = Account(limits, reserve_output=self.settings.output_counting == "reserve_max")
             self._accounts[key] = account
+            if organization is not None:
+                self._shared[organization] = account
         return account
 
     # -- one request ---------------------------------------------------------------------------------------------

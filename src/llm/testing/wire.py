@@ -68,8 +68,8 @@ class Dialect(Protocol):
 
     def unknown_model(self, model: str) -> Problem: ...
 
-    def headers(self, account: Account, key: str, request_id: str, now: float) -> dict[str, str]:
-        """Identity and what is left of the limits."""
+    def headers(self, account: Account, owner: str, request_id: str, now: float) -> dict[str, str]:
+        """Whose the key is, and what is left of the limits."""
         ...
 
     def retry_after(self, seconds: float) -> dict[str, str]:

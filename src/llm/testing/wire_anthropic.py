@@ -147,8 +147,12 @@ class AnthropicWire:
     def unknown_model(self, model: str) -> Problem:
         return Problem(404, "not_found_error", f"model: {model}")
 
-    def headers(self, account: Account, key: str, request_id: str, now: float) -> dict[str, str]:
-        headers = {"request-id": request_id, "anthropic-organization-id": organization(key)}
+    def headers(self, account: Account, owner: str, request_id: str, now: float) -> dict[str, str]:
+        headers = {
+            "request-id": request_id,
+            "anthropic-organization-id": organization(owner),
+            "anthropic-workspace-id": workspace(owner),
+        }
         windows = {
             "requests": account.requests,
             "input-tokens": account.input_tokens,
@@ -187,10 +191,16 @@ class AnthropicWire:
 
 
 @lru_cache(maxsize=1024)
-def organization(key: str) -> str:
-    """A stable organisation for a key, since a simulated key belongs to nobody."""
-    digest = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+def organization(owner: str) -> str:
+    """A stable id for an organisation, which is the key's own unless it was given to one."""
+    digest = hashlib.sha256(owner.encode("utf-8", "replace")).hexdigest()
     return f"{digest[:8]}-{digest[8:12]}-{digest[12:16]}-{digest[16:20]}-{digest[20:32]}"
+
+
+@lru_cache(maxsize=1024)
+def workspace(owner: str) -> str:
+    """The organisation's only workspace."""
+    return "wrkspc_" + hashlib.sha256(owner.encode("utf-8", "replace")).hexdigest()[32:56]
 
 
 def _put(headers: dict[str, str], name: str, window: Window, now: float, wall: float) -> None:

@@ -182,10 +182,10 @@ class OpenAIWire:
             "model_not_found",
         )
 
-    def headers(self, account: Account, key: str, request_id: str, now: float) -> dict[str, str]:
+    def headers(self, account: Account, owner: str, request_id: str, now: float) -> dict[str, str]:
         headers = {
             "x-request-id": request_id,
-            "openai-organization": organization(key),
+            "openai-organization": organization(owner),
             "openai-version": "2020-10-01",
         }
         window = account.requests
@@ -214,9 +214,9 @@ class OpenAIWire:
 
 
 @lru_cache(maxsize=1024)
-def organization(key: str) -> str:
-    """A stable organisation for a key, since a simulated key belongs to nobody."""
-    return "org-" + hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()[:24]
+def organization(owner: str) -> str:
+    """A stable id for an organisation, which is the key's own unless it was given to one."""
+    return "org-" + hashlib.sha256(owner.encode("utf-8", "replace")).hexdigest()[:24]
 
 
 def go_duration(seconds: float) -> str:
