@@ -176,6 +176,11 @@ class Endpoint:
                 response = await self._transport.send(encoded.request, exchange)
                 try:
                     key.headers = response.headers
+                    admission = call.admission
+                    if admission is not None and admission.wants_limits:
+                        limits = self._provider.limits(response.headers)
+                        if limits is not None:
+                            admission.observe(limits=limits)
                     if request.stream and 200 <= response.status < 300:
                         stream = await self._stream(call, key, request, response, encoded.dropped)
                         if stream is not None:
@@ -232,6 +237,8 @@ class Endpoint:
         )
         call.stream = stream
         await stream.start()
+        if call.admission is not None:
+            call.admission.observe(usage=stream.usage)
         if self._closed:
             # While its first content was on its way: nobody else would end it now.
             stream.abort(_closed())

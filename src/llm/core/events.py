@@ -81,6 +81,27 @@ class KeyRestored(Event, frozen=True, kw_only=True, tag=True, gc=False):
     key_id: str
 
 
+class LimitAdopted(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A quota's limit is now what its vendor says in headers: none was configured, or a higher one."""
+
+    quota: str
+    dimension: str
+    limit: int
+
+
+class SlowStarted(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A quota is used gently until its next answer: nothing is known of it yet, or a 429 was not to be expected."""
+
+    quota: str
+
+
+class SharedOwner(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """Keys of two quota pools have answered in the name of the same *owner*, whose limits they probably share."""
+
+    owner: str
+    pools: tuple[str, str]
+
+
 ALL_EVENTS: tuple[type[Event], ...] = (
     CallStarted,
     CallQueued,
@@ -90,6 +111,9 @@ ALL_EVENTS: tuple[type[Event], ...] = (
     KeyPaused,
     KeyParked,
     KeyRestored,
+    LimitAdopted,
+    SlowStarted,
+    SharedOwner,
 )
 
 MAX_FAULT_NAMES = 64

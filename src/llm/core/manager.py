@@ -34,7 +34,9 @@ from ..stores.memory import MemoryStore
 from ..transports.base import Transport
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock, SystemClock
+from ..utils.output_predictor import OutputPredictor
 from ..utils.redact import credentials
+from ..utils.tokens import TokenEstimator, Tokenizer
 from . import config
 from .client import Home, LLMClient, Pipeline
 from .endpoint import Endpoint, Prober
@@ -42,7 +44,7 @@ from .events import Events
 from .exceptions import LLMConfigurationError, LLMConnectionError
 from .pool import ProviderPool
 from .settings import LLMSettings, ProviderSettings
-from .types import CallOptions
+from .types import CallOptions, Priority
 
 logger = logging.getLogger("brimful")
 
@@ -77,6 +79,7 @@ class LLMManager:
     Provider`` by dialect name, a middleware by the name it has in the configuration, a store. What is not given is
     looked for among the entry points ``brimful.providers``, ``brimful.middleware`` and ``brimful.stores``.
     *arrange* is handed the default layers of each provider, outermost first, and returns those to use.
+    *tokenizer* counts prompts exactly (``utils.tokens.Tokenizer``); without one they are estimated.
     *clock*, *random* (uniform in [0, 1)) and *transport* are for tests and simulations.
     """
 
@@ -91,6 +94,7 @@ class LLMManager:
         clock: Clock | None = None,
         random: Callable[[], float] = randomness.random,
         transport: TransportFactory | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.settings = settings
         self.events = Events()
@@ -99,6 +103,7 @@ class LLMManager:
         self._backoff = _Backoff(self._clock)
         self._home = Home(self._start_afresh)
         self._random = random
+        self._tokenizer = tokenizer
         self._store = store if store is not None else _store(settings.store, self._clock)
         self._closed = self._store_closed = False
         self._prefix = f"{int(random() * 0x10000):04x}"
@@ -128,6 +133,7 @@ class LLMManager:
         clock: Clock | None = None,
         random: Callable[[], float] = randomness.random,
         transport: TransportFactory | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> Self:
         """A manager from a YAML file's path, or from a mapping of the same shape (``config/llm.yaml`` explains it).
 
@@ -152,6 +158,7 @@ class LLMManager:
             clock=clock,
             random=random,
             transport=transport,
+            tokenizer=tokenizer,
         )
 
     @classmethod
@@ -197,8 +204,9 @@ class LLMManager:
         return LLMClient(line.pipeline, model=model, defaults=defaults)
 
     def get_status(self) -> dict[str, Any]:
-        """Where everything stands: ``providers`` (clients, keys, queue, limits, connections), ``metrics``, ``events``.
+        """Where everything stands: ``providers`` (clients, keys, connections), ``limits``, ``metrics``, ``events``.
 
+        ``limits`` tells of each provider who waits, and of each quota what is used, reserved, foreign and allowed.
         A key's ``vendor_limits`` are what the headers of its last answer said.
         Keys appear by their place in the configuration (``anthropic/2``); no secret and no prompt is in it.
         """
@@ -206,6 +214,7 @@ class LLMManager:
             "closed": self._closed,
             "default_provider": self.settings.default_provider,
             "providers": {name: self._provider_status(line) for name, line in self._lines.items()},
+            "limits": {name: line.limiter.statistics() for name, line in self._lines.items()},
             "metrics": self._metrics.snapshot() if self._metrics is not None else {},
             "events": {"published": self.events.published, "dropped": self.events.dropped},
             "faults": dict(self.events.faults),
@@ -270,11 +279,19 @@ class LLMManager:
         _warn_of_retired(pool, provider)
         limiter = RateLimitMiddleware(
             pool,
+            name=settings.name,
             clock=clock,
             events=self.events,
             enabled=chosen.rate_limiter.enabled,
             guard=chosen.rate_limiter.guard_seconds,
             acquire_timeout=settings.pool.acquire_timeout,
+            max_queue=chosen.rate_limiter.max_queue,
+            weights={priority: getattr(chosen.rate_limiter.weights, priority) for priority in Priority},
+            counting=provider.counting,
+            group=provider.group,
+            slow_start=chosen.rate_limiter.slow_start,
+            estimator=TokenEstimator(self._tokenizer),
+            predictor=OutputPredictor(chosen.rate_limiter.output_reserve),
         )
         retry = (
             RetryMiddleware(
@@ -356,7 +373,6 @@ class LLMManager:
         for key, shown in zip(line.pool.keys, status["keys"], strict=True):
             told = line.provider.limits(key.headers) if key.headers is not None else None
             shown["vendor_limits"] = msgspec.to_builtins(told)
-        status["limits"] = line.limiter.statistics()
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
         return status

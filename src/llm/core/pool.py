@@ -63,6 +63,7 @@ class Key:
         "paused_until",
         "probe_result",
         "probed_at",
+        "quota_pool",
         "ref",
         "strikes",
     )
@@ -72,6 +73,7 @@ class Key:
         model = settings.model
         self.model: str | None = provider.model_aliases.get(model, model) if model is not None else None
         self.limits: LimitSettings = settings.limits
+        self.quota_pool: str | None = settings.quota_pool
         self._secret = settings.secret
         self.paused_until = 0.0
         self.parked: Parked | None = None

@@ -71,9 +71,11 @@ class ResponseStream:
 
     __slots__ = (
         "_body",
+        "_bytes",
         "_callbacks",
         "_clock",
         "_content",
+        "_counted",
         "_decoder",
         "_describe",
         "_error",
@@ -109,6 +111,7 @@ class ResponseStream:
         self.ready: deque[StreamChunk] = deque()
         """What was decoded and not read yet."""
         self._seen: list[StreamChunk] = []
+        self._counted = self._bytes = 0
         self._callbacks: list[SettledCallback] = []
         self._content = False
         self._error: LLMException | None = None
@@ -141,6 +144,16 @@ class ResponseStream:
     def text(self) -> str:
         """The text that has arrived so far."""
         return "".join([chunk.text for chunk in self._seen])
+
+    @property
+    def received(self) -> int:
+        """Bytes of text and thinking that have arrived so far. It is counted only when somebody asks."""
+        seen, count = self._seen, self._counted
+        if count < len(seen):
+            self._counted = len(seen)
+            new = "".join([chunk.text + chunk.thinking for chunk in seen[count:]])
+            self._bytes += len(new) if new.isascii() else len(new.encode("utf-8", "surrogatepass"))
+        return self._bytes
 
     @property
     def settled(self) -> bool:

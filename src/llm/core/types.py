@@ -100,6 +100,17 @@ class Cost(msgspec.Struct, frozen=True, gc=False):
     """Of a limit on input and output together."""
 
 
+class Estimate(msgspec.Struct, frozen=True, gc=False):
+    """What a call would take, and when it could begin, if it were made now."""
+
+    input_tokens: int
+    """With a margin: enough for nine of ten."""
+    output_tokens: int
+    """As many as answers like it have on average."""
+    wait: float
+    """Seconds until a key could admit it, at the least."""
+
+
 class Settlement(msgspec.Struct, frozen=True):
     """How an attempt ended: what it used, and why it failed if it did.
 

@@ -22,12 +22,20 @@ class Admission(Protocol):
     key: KeyRef
     model: str
 
+    @property
+    def wants_limits(self) -> bool:
+        """Whether this attempt's headers are to be read and told to :meth:`observe`: that costs, so not all are."""
+        ...
+
     def sent(self) -> None:
         """A connection is in hand: from here on the attempt may be billed."""
         ...
 
     def observe(self, *, limits: ObservedLimits | None = None, usage: Usage | None = None) -> None:
-        """What the vendor has said before the attempt is over."""
+        """What the vendor has said before the attempt is over.
+
+        *limits* is what the headers say. Without it, the answer has begun, with *usage* as far as it is known.
+        """
         ...
 
     def settle(self, settlement: Settlement) -> None:
@@ -52,6 +60,11 @@ class PoolKey(Protocol):
 
     @property
     def limits(self) -> LimitSettings: ...
+
+    @property
+    def quota_pool(self) -> str | None:
+        """Whose limits these are, if other keys have them too."""
+        ...
 
     @property
     def available_at(self) -> float:

@@ -1,43 +1,62 @@
 """Admission: where a call waits for a key with capacity and for a free client, in fair order, and pays for both.
 
-Theory of operation. There is one queue per *route* (the set of keys that could take a call) and one ticket counter for
-all of them; a key whose limit is smaller than the call is no part of its route. The key is chosen late: when a call
-stands at the head and can go. ``_pump`` goes through the heads in the order of their tickets and admits what fits; a
-head that must wait claims its keys, so that nobody younger takes what it is waiting for. Nothing polls: the pump runs
-when something was given back, when a key has changed, and by one timer at the earliest instant at which capacity
+Theory of operation. Limits belong to a *quota*: a pool of keys and a group of models (``utils/quota.py``). A call's
+*route* is the set of keys that could take it; a key whose limit is smaller than the call is no part of it. The key is
+chosen late: when a call is the one whose turn it is (``utils/waiting.py``, ``utils/fairness.py``) and can go. ``_pump``
+goes through the routes' heads by their turns and admits what fits; a head that must wait claims its keys, so that
+nobody else takes what it is waiting for, except as :meth:`RateLimitMiddleware._overtake` says. Nothing polls: the pump
+runs when something was given back, when a key has changed, and by one timer at the earliest instant at which capacity
 returns by itself.
 
-A permit reserves requests, input and output tokens in the key's ledger and holds a pooled client. Settling it corrects
-the ledger by what the attempt turned out to cost, and gives the client back.
+A permit reserves requests, input and output tokens and holds a pooled client. While the answer streams, what has come
+of it is moved from what is reserved to what is used. Settling corrects the books by what the attempt turned out to
+cost, teaches the estimates, and gives the client back.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from heapq import heapify, heappop, heappush
-from math import inf
-from typing import NamedTuple, TypeAlias
+from heapq import heapify, heappop, heappush, nsmallest
+from math import ceil, inf
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeAlias, cast
 
-from ..core.events import CallAdmitted, CallQueued, Events
+import msgspec
+
+from ..core.events import CallAdmitted, CallQueued, Events, LimitAdopted, SharedOwner, SlowStarted
 from ..core.exceptions import (
     LLMDeadlineExceededError,
     LLMException,
     LLMPoolExhaustedError,
+    LLMRateLimitError,
     LLMRequestTooLargeError,
 )
-from ..core.types import Cost, KeyRef, LLMResponse, ObservedLimits, Request, Settlement, Usage
+from ..core.settings import LimitSettings
+from ..core.stream import ResponseStream
+from ..core.types import (
+    Cost,
+    Counting,
+    Estimate,
+    KeyRef,
+    LLMResponse,
+    ObservedLimits,
+    Priority,
+    Request,
+    Settlement,
+    Usage,
+)
 from ..utils.alarms import Alarms
 from ..utils.clock import Clock, TimerHandle
-from ..utils.sliding_window import NOTHING, Ledger, Reservation, time_until
-from ..utils.waiting import Line, Waiter
+from ..utils.fairness import Fairness, Flow
+from ..utils.output_predictor import OutputPredictor
+from ..utils.quota import Probe, Quota
+from ..utils.sliding_window import DIMENSIONS, NOTHING, Dimension, Reservation, time_until
+from ..utils.tokens import TokenEstimator
+from ..utils.waiting import Route, Waiter
 from .base import Call, Handler, KeyPool, Lease, PoolKey, Reply
 
-OUTPUT_GUESS = 512
-"""Output tokens reserved for an answer whose length nobody knows; corrected at its end."""
-MESSAGE_OVERHEAD = 4
-"""Tokens that a message costs beside its text."""
 LONG_WAIT = 2.0
 """Seconds in the queue after which a call is reported; then every ``LONG_WAIT_AGAIN`` seconds."""
 LONG_WAIT_AGAIN = 60.0
@@ -45,48 +64,79 @@ MIN_COMPACT = 64
 """Waiters that may have left before the containers are swept."""
 MIN_WAKE = 0.05
 """Seconds between two wake-ups by the timer: at most twenty a second, however fast capacity trickles back."""
+OVERTAKERS = 16
+OVERTAKING_SECONDS = 30.0
+"""How often, and for how long, a head may be overtaken by calls that delay it."""
+LOOK_BEHIND = 16
+"""Calls behind a blocked head that are looked at."""
+RECHECK_SECONDS = 1.0
+RECHECKED = 16
+"""Waiting calls whose deadlines are held against the latest state, the nearest ones, and how often."""
+CACHED_FROM = 1024
+"""Tokens: shorter prompts are cached by no vendor."""
+MAX_AFFINITIES = 1024
+"""Conversations whose keys are remembered."""
+RAMP_CODES = frozenset(("slow_down", "ramp_limit_exceeded"))
+"""OpenAI's and Anthropic's words for traffic that grew too fast (WIRE §1.6, §2.6)."""
+PER_BYTE = 0.22
+LEAST_PER_BYTE, MOST_PER_BYTE = 0.1, 1.0
+"""Output tokens in a byte of text, before anything is known; and what is believed."""
+PULL_SECONDS = 1.0
+"""Between two looks at how far the streams are."""
+WEIGHTS: Mapping[Priority, float] = {Priority.HIGH: 8.0, Priority.NORMAL: 3.0, Priority.LOW: 1.0}
 
 
-def estimate(request: Request) -> Cost:
-    """What *request* is expected to cost: a quarter of its bytes as input, and a guess of the output."""
-    tokens = 0
-    for message in request.messages:
-        content = message.content
-        tokens += MESSAGE_OVERHEAD + (len(content) if content.isascii() else len(content.encode())) // 4
-    asked = request.options.max_tokens
-    return Cost(1, tokens, OUTPUT_GUESS if asked is None else min(asked, OUTPUT_GUESS))
+def charge(
+    reserved: Cost, settlement: Settlement, *, sent: bool, produced: int = 0, counting: Counting | None = None
+) -> Cost:
+    """What an attempt costs in the end, of what was *reserved* for it: the refund table (RATE_LIMITING §3.4).
 
-
-def charge(reserved: Cost, settlement: Settlement, *, sent: bool) -> Cost:
-    """What an attempt costs in the end, of what was *reserved* for it: the refund table.
-
-    A request that never left costs nothing. One that was refused has cost a request (vendors count those, or do not
-    say). One that broke off after it had been sent may have been worked on: its input is paid, and its output as far
-    as it was reserved, or more if more was seen.
+    A request that never left costs nothing. One that was refused has cost a request, unless the vendor does not count
+    those it answers with 429. One that broke off after it had been sent may have been worked on: its input is paid, and
+    its output as far as it was seen (*produced* of a stream, or what the vendor said).
     """
     if not sent:
         return NOTHING
+    counting = counting if counting is not None else _COUNTS_ALL
     usage, error = settlement.usage, settlement.error
-    if error is None:
-        if usage is None or not usage.total_tokens:
+    if error is not None and usage is None and isinstance(error, LLMException):
+        status = error.status
+        if status is not None and status >= 400:
+            return Cost(reserved.requests, 0, 0) if status != 429 or counting.rejected else NOTHING
+    if usage is None or not usage.total_tokens:
+        if error is None:
             # Some compatible servers do not count, or say nothing but zeros.
-            return reserved
-        return Cost(reserved.requests, usage.input_tokens or reserved.input_tokens, usage.output_tokens)
-    if isinstance(error, LLMException) and error.status is not None and error.status >= 400 and usage is None:
-        return Cost(reserved.requests, 0, 0)
-    return Cost(
-        reserved.requests,
-        (usage.input_tokens if usage is not None else 0) or reserved.input_tokens,
-        max(usage.output_tokens if usage is not None else 0, reserved.output_tokens),
-    )
+            return Cost(reserved.requests, reserved.input_tokens, produced or reserved.output_tokens, reserved.tokens)
+        return Cost(reserved.requests, reserved.input_tokens, produced, reserved.tokens)
+    input_tokens = usage.input_tokens - (0 if counting.cache_reads else usage.cache_read_tokens)
+    if not usage.input_tokens:
+        input_tokens = reserved.input_tokens
+    output = usage.output_tokens if error is None else max(usage.output_tokens, produced)
+    return Cost(reserved.requests, input_tokens, output, reserved.tokens if counting.reserve_max else input_tokens)
+
+
+_COUNTS_ALL = Counting()
+
+
+class Need(msgspec.Struct, frozen=True, gc=False):
+    """What a call needs, apart from the model that will answer it."""
+
+    measure: float
+    """Its prompt in tokens, before anything learnt of the model."""
+    max_tokens: int | None
+    tag: str
+    affinity: int
+    """Says which calls begin with the same long text; 0 if that is of no use."""
 
 
 class RateLimitMiddleware:
-    """Lets calls through as the keys' limits allow, and makes the others wait their turn.
+    """Lets calls through as the quotas allow, and makes the others wait their turn.
 
     With ``enabled=False`` no limit binds; calls still wait here for a free client of the pool.
 
-    *acquire_timeout* is how long (seconds) a call may be held up by nothing but the lack of a free client.
+    *acquire_timeout* is how long (seconds) a call may be held up by nothing but the lack of a free client, *max_queue*
+    how many may wait, *weights* the shares of the priorities. *group* names the models that share a limit with one, and
+    *counting* is how the vendor counts. *slow_start* begins gently where nothing is known yet.
     """
 
     def __init__(
@@ -94,27 +144,47 @@ class RateLimitMiddleware:
         pool: KeyPool,
         *,
         clock: Clock,
+        name: str = "",
         events: Events | None = None,
         enabled: bool = True,
         guard: float = 0.25,
         acquire_timeout: float | None = None,
-        estimate: Callable[[Request], Cost] = estimate,
+        max_queue: int | None = None,
+        weights: Mapping[Priority, float] = WEIGHTS,
+        counting: Counting = _COUNTS_ALL,
+        group: Callable[[str], str] = str,
+        slow_start: bool = False,
+        estimator: TokenEstimator | None = None,
+        predictor: OutputPredictor | None = None,
     ) -> None:
         self._pool = pool
+        self._name = name
         self._clock = clock
         self._events = events if events is not None else Events()
         self._enabled = enabled
         self._guard = guard
         self._acquire_timeout = acquire_timeout
-        self._estimate = estimate
-        self._ledgers: dict[PoolKey, Ledger] = {}
-        self._queues: dict[tuple[PoolKey, ...], _Queue] = {}
+        self._max_queue = max_queue
+        self._counting = counting
+        self._group = group
+        self._slow_start = slow_start
+        self._estimator = estimator if estimator is not None else TokenEstimator()
+        self._predictor = predictor if predictor is not None else OutputPredictor()
+        self._quotas: dict[tuple[str, str], Quota] = {}
+        self._quota_of: dict[tuple[PoolKey, str], Quota] = {}
+        self._keys_of: dict[Quota, list[str]] = {}
+        self._owners: dict[str, str] = {}
+        self._affinities: dict[int, PoolKey] = {}
+        self._per_byte = PER_BYTE
+        self._fairness = Fairness(weights)
+        self._routes: dict[tuple[PoolKey, ...], _Route] = {}
         self._waiting = 0
         self._left = 0
         """Waiters that have gone since the containers were last swept."""
         self._tickets = 0
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, _Waiter]] = []
+        self._recheck_at = -inf
         self._timer: TimerHandle | None = None
         self._timer_at = inf
         self._pump_handle: asyncio.Handle | None = None
@@ -124,11 +194,17 @@ class RateLimitMiddleware:
         pool.on_change(self._schedule)
 
     def __repr__(self) -> str:
-        return f"<RateLimitMiddleware: {self._waiting} queued, {len(self._ledgers)} keys>"
+        return f"<RateLimitMiddleware: {self._waiting} queued, {len(self._quotas)} quotas>"
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
-        permit = _Permit(self, self._estimate(call.request))
-        permit.take(call, self._admit(call, permit.cost) or await self._wait(call, permit.cost))
+        request = call.request
+        if self._estimator.is_slow(request):
+            # An exact tokenizer would hold up everybody else for milliseconds.
+            measure = await asyncio.to_thread(self._estimator.measure, request)
+        else:
+            measure = self._estimator.measure(request)
+        permit = _Permit(self, self._need(request, measure))
+        permit.take(call, self._admit(call, permit.need) or await self._wait(call, permit.need))
         call.admission = permit
         try:
             reply = await handler(call)
@@ -139,49 +215,89 @@ class RateLimitMiddleware:
         if type(reply) is LLMResponse:
             permit.settle(Settlement(usage=reply.usage, exact=True))
         else:
+            permit.follow(cast(ResponseStream, reply))
             reply.on_settled(permit.settle)
         return reply
 
-    def ledger(self, key: PoolKey) -> Ledger:
-        """The ledger of *key*, made at its first use."""
-        ledger = self._ledgers.get(key)
-        if ledger is None:
-            limits = key.limits
-            ledger = self._ledgers[key] = (
-                Ledger(
-                    requests=limits.requests_per_minute,
-                    input_tokens=limits.input_tokens_per_minute,
-                    output_tokens=limits.output_tokens_per_minute,
-                    window=limits.window_seconds,
-                    guard=self._guard,
-                )
-                if self._enabled
-                else Ledger()
-            )
-        return ledger
+    # -- seen from outside ---------------------------------------------------------------------------------------------
 
-    def statistics(self) -> dict[str, object]:
-        """Queue length, and per key what is used of each limit."""
+    def quota(self, key: PoolKey, model: str) -> Quota:
+        """The books that a call for *model* with *key* is entered in, made at their first use."""
+        quota = self._quota_of.get((key, model))
+        if quota is None:
+            pool, group = key.quota_pool or key.ref.id, self._group(model)
+            quota = self._quotas.get((pool, group))
+            if quota is None:
+                quota = self._quotas[pool, group] = Quota(
+                    f"{pool} {group}" if group else pool,
+                    key.limits if self._enabled else _UNLIMITED,
+                    counting=self._counting,
+                    guard=self._guard,
+                    slow_start=self._slow_start and self._enabled,
+                    z=self._predictor.z,
+                    told=self._tell,
+                )
+                self._keys_of[quota] = []
+            self._keys_of[quota].append(key.ref.id)
+            if len(self._quota_of) >= MAX_AFFINITIES:
+                # Models are the user's strings: what is forgotten is found again by pool and group.
+                self._quota_of.clear()
+            self._quota_of[key, model] = quota
+        return quota
+
+    def estimate(self, request: Request, model: str | None, *, now: float) -> Estimate:
+        """What *request* would cost and how long it would wait if it were asked now; nothing is reserved.
+
+        Raises:
+            LLMException: no key can ever take it, as the call itself would be told.
+        """
+        need = self._need(request, self._estimator.measure(request))
+        options = request.options
+        call = Call("estimate", request, provider=self._name, model=model, started=now)
+        route = self._fitting(call, tuple(self._pool.route(model)), need)
+        self._raise_refusal(route)
+        self._tickets += 1
+        flow = self._fairness.flow(options.priority, options.tenant)
+        cost, _ = self._cost(need, self._model(model, route[0]), self._counting)
+        return Estimate(
+            input_tokens=cost.input_tokens,
+            output_tokens=cost.output_tokens,
+            wait=self._time_until(model, flow, self._tickets, route, need, now),
+        )
+
+    def statistics(self) -> dict[str, Any]:
+        """Who waits, by priority and tenant; and of each quota what is used, reserved, foreign, and what may be."""
         now = self._clock.now()
-        keys: dict[str, dict[str, object]] = {}
-        for key, ledger in self._ledgers.items():
+        quotas: dict[str, Any] = {}
+        for (pool, group), quota in self._quotas.items():
+            ledger = quota.ledger
             ledger.expire(now)
-            keys[key.ref.id] = {
-                "requests": {"used": ledger.requests_used, "limit": ledger.request_limit},
-                "input_tokens": {"used": ledger.input_used, "limit": ledger.input_limit},
-                "output_tokens": {
-                    "used": ledger.output_used,
-                    "reserved": ledger.open_output,
-                    "limit": ledger.output_limit,
-                },
+            shown: dict[str, Any] = {
+                dimension: {
+                    "used": ledger.used(dimension),
+                    "foreign": getattr(ledger.foreign, dimension),
+                    "limit": ledger.limit(dimension),
+                }
+                for dimension in DIMENSIONS
             }
-        return {"queued": self._waiting, "keys": keys}
+            shown["output_tokens"]["reserved"] = ledger.open_output
+            at = quota.opens_at(now)
+            shown["next_capacity"] = max(0.0, at - now) if at < inf else None
+            shown["paused_for"] = max(0.0, quota.paused_until - now)
+            shown["under_way"] = quota.in_flight
+            shown["keys"] = list(dict.fromkeys(self._keys_of[quota]))
+            quotas.setdefault(pool, {})[group] = shown
+        return {
+            "queued": self._waiting,
+            "queue": {str(priority): tenants for priority, tenants in self._fairness.backlog().items()},
+            "quotas": quotas,
+        }
 
     def close(self) -> None:
         """Fail whoever waits and whoever still comes, and let go of every timer."""
         self._closed = True
-        for queue in self._queues.values():
-            for waiter in queue.waiters:
+        for route in self._routes.values():
+            for waiter in route.arrived:
                 if waiter.alive:
                     self._finish(waiter, _closed(waiter.provider))
         self._tidy()
@@ -193,8 +309,8 @@ class RateLimitMiddleware:
 
     def start_afresh(self) -> None:
         """On another event loop: whoever waited on the old one is gone, and what was used stays used."""
-        for queue in self._queues.values():
-            for waiter in queue.waiters:
+        for route in self._routes.values():
+            for waiter in route.arrived:
                 waiter.alive = False
         self._waiting = 0
         self._tidy()
@@ -202,11 +318,31 @@ class RateLimitMiddleware:
         self._longer_waits.close()
         self._pump_handle = None
         now = self._clock.now()
-        self._ledgers = {ref: ledger.successor(now) for ref, ledger in self._ledgers.items()}
+        for quota in self._quotas.values():
+            quota.start_afresh(now)
 
-    # -- one call's way in ---------------------------------------------------------------------------------------
+    # -- one call's way in ---------------------------------------------------------------------------------------------
 
-    def _admit(self, call: Call, cost: Cost) -> _Grant | None:
+    def _need(self, request: Request, measure: float) -> Need:
+        options, messages = request.options, request.messages
+        affinity = 0
+        if measure >= CACHED_FROM and len(messages) > 1:
+            # What a conversation begins with is what a vendor has cached; its last turn is new.
+            affinity = hash((messages[0].content, messages[1].content if len(messages) > 2 else ""))
+        return Need(measure, options.max_tokens, options.tag, affinity)
+
+    def _cost(self, need: Need, model: str, counting: Counting) -> tuple[Cost, float]:
+        """What *need* takes if *model* answers, and the variance of the output in it."""
+        input_tokens = self._estimator.estimate(need.measure, model=model, tag=need.tag)
+        mean, variance = self._predictor.expect(model=model, tag=need.tag, max_tokens=need.max_tokens)
+        if not counting.cache_reads:
+            input_tokens -= int(input_tokens * self._estimator.cached(model, need.tag))
+        tokens = input_tokens
+        if counting.reserve_max:
+            tokens = max(input_tokens, need.max_tokens if need.max_tokens is not None else ceil(mean))
+        return Cost(1, input_tokens, ceil(mean), tokens), variance
+
+    def _admit(self, call: Call, need: Need) -> _Grant | None:
         """The permit of one attempt if nobody waits and a key can take it now.
 
         Raises:
@@ -214,30 +350,30 @@ class RateLimitMiddleware:
         """
         if self._closed:
             raise _closed(call.provider)
-        route = tuple(self._pool.route(call.model))
+        route = self._pool.route(call.model)
         self._raise_refusal(route)
         if call.ticket is None:
             self._tickets += 1
             call.ticket = self._tickets
         now = self._clock.now()
         if not self._waiting and (call.deadline is None or now < call.deadline):
-            grant = self._grant(route, cost, now, ())
+            grant = self._grant(route, call.model, need, now)
             if isinstance(grant, _Grant):
-                self._announce(call, grant.key, 0.0, now)
+                self._announce(call, grant, 0.0, now)
                 return grant
         return None
 
-    async def _wait(self, call: Call, cost: Cost) -> _Grant:
+    async def _wait(self, call: Call, need: Need) -> _Grant:
         """Wait for the permit of one attempt.
 
         Raises:
             LLMDeadlineExceededError: the call's deadline cannot be met (told on arrival), or has passed.
             LLMRequestTooLargeError: no key could ever take the call.
-            LLMPoolExhaustedError: no client became free within the acquire timeout.
+            LLMPoolExhaustedError: no client became free within the acquire timeout, or the queue is full.
             LLMException: every key that could take the call is out of use; of the class of the cause.
         """
         now = self._clock.now()
-        waiter = self._enqueue(call, cost, now)
+        waiter = self._enqueue(call, need, now)
         self._schedule()
         try:
             await waiter.future
@@ -258,7 +394,7 @@ class RateLimitMiddleware:
             finally:
                 # Its traceback holds this frame; what the frame holds would live in a cycle, the prompt with it.
                 del outcome, waiter
-        self._announce(call, outcome.key, waited, now + waited)
+        self._announce(call, outcome, waited, now + waited)
         return outcome
 
     def _raise_refusal(self, route: Sequence[PoolKey]) -> None:
@@ -269,98 +405,140 @@ class RateLimitMiddleware:
             finally:
                 del refusal
 
-    def _fitting(self, call: Call, route: tuple[PoolKey, ...], cost: Cost) -> tuple[PoolKey, ...]:
+    def _fitting(self, call: Call, route: tuple[PoolKey, ...], need: Need) -> tuple[PoolKey, ...]:
         """The keys of *route* whose limits are not smaller than the call."""
-        excess = [self.ledger(key).too_large(cost) for key in route]
+        excess = []
+        for key in route:
+            model = self._model(call.model, key)
+            excess.append(self.quota(key, model).too_large(self._cost(need, model, self._counting)[0]))
         if not any(excess):
             return route
         fitting = tuple(key for key, too_large in zip(route, excess, strict=True) if too_large is None)
         if fitting:
             self._raise_refusal(fitting)
             return fitting
-        dimension, need, limit = max((e for e in excess if e is not None), key=lambda e: e[2])
+        dimension, need_of_it, limit = max((e for e in excess if e is not None), key=lambda e: e[2])
         raise LLMRequestTooLargeError(
-            f"the call needs {need} {dimension} and no key may use more than {limit} in one window",
+            f"the call needs {need_of_it} {dimension} and no key may use more than {limit} in one window",
             provider=call.provider,
             model=call.model,
             dimension=dimension,
-            need=need,
+            need=need_of_it,
             limit=limit,
         )
 
-    def _refuse_the_hopeless(
-        self, call: Call, ticket: int, deadline: float, route: tuple[PoolKey, ...], cost: Cost, now: float
-    ) -> None:
-        """Raise at once if the deadline will have passed before the call can be admitted."""
-        wait = time_until([self.ledger(key) for key in route], cost, self._ahead(route, ticket), now=now)
-        wait = max(wait, min(key.available_at for key in route) - now)
-        if now + wait >= deadline:
-            raise LLMDeadlineExceededError(
-                f"the deadline in {max(0.0, deadline - now):.1f} s cannot be met: capacity returns in {wait:.1f} s",
-                provider=call.provider,
-                model=call.model,
-                retry_after=wait,
-            )
+    def _time_until(
+        self, model: str | None, flow: Flow, ticket: int, keys: tuple[PoolKey, ...], need: Need, now: float
+    ) -> float:
+        """Seconds until a call with *ticket* can be admitted, at the earliest."""
+        quotas = dict.fromkeys(self.quota(key, self._model(model, key)) for key in keys)
+        cost, _ = self._cost(need, self._model(model, keys[0]), self._counting)
+        wait = time_until([quota.ledger for quota in quotas], cost, self._ahead(keys, flow, ticket), now=now)
+        opens = min(max(key.available_at, self.quota(key, self._model(model, key)).paused_until) - now for key in keys)
+        return max(wait, opens)
 
-    def _ahead(self, route: tuple[PoolKey, ...], ticket: int) -> Cost:
-        """What stands before *ticket*: everybody older who can go nowhere but to *route*'s keys.
+    def _hopeless(
+        self, model: str | None, deadline: float, wait: float, provider: str, now: float
+    ) -> LLMDeadlineExceededError | None:
+        """The error of a call whose deadline will have passed before it can be admitted."""
+        if now + wait < deadline:
+            return None
+        return LLMDeadlineExceededError(
+            f"the deadline in {max(0.0, deadline - now):.1f} s cannot be met: capacity returns in {wait:.1f} s",
+            provider=provider,
+            model=model,
+            retry_after=wait,
+        )
 
-        Without their output, which is reserved as a guess and mostly given back long before a window is over.
-        """
-        requests = input_tokens = 0
-        keys = frozenset(route)
-        for queue in self._queues.values():
-            if keys.issuperset(queue.route):
-                need = queue.need_before(ticket)
-                requests += need[0]
-                input_tokens += need[1]
-        return Cost(requests, input_tokens)
+    def _ahead(self, keys: tuple[PoolKey, ...], flow: Flow, ticket: int) -> Cost:
+        """What stands before *ticket*: everybody who goes before it, and can go nowhere but to *keys*."""
+        requests = input_tokens = tokens = 0
+        wanted = frozenset(keys)
+        for route in self._routes.values():
+            if wanted.issuperset(route.keys):
+                need = route.ahead(flow, ticket)
+                requests += need.requests
+                input_tokens += need.input_tokens
+                tokens += need.tokens
+        return Cost(requests, input_tokens, 0, tokens)
 
-    def _announce(self, call: Call, key: PoolKey, waited: float, now: float) -> None:
+    def _announce(self, call: Call, grant: _Grant, waited: float, now: float) -> None:
         if CallAdmitted in self._events.wanted:
             self._events.publish(
                 CallAdmitted(
                     at=now,
                     provider=call.provider,
                     call_id=call.id,
-                    key_id=key.ref.id,
-                    model=self._model(call, key),
+                    key_id=grant.key.ref.id,
+                    model=grant.model,
                     waited=waited,
                 )
             )
 
-    def _model(self, call: Call, key: PoolKey) -> str:
-        return call.model or key.model or self._pool.default_model or ""
+    def _model(self, model: str | None, key: PoolKey) -> str:
+        return model or key.model or self._pool.default_model or ""
 
-    # -- the queues ----------------------------------------------------------------------------------------------
+    # -- the queues ----------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, call: Call, cost: Cost, now: float) -> _Waiter:
-        """Put the call into the queue of the keys that it fits, unless that is hopeless."""
-        ticket = call.ticket
+    def _enqueue(self, call: Call, need: Need, now: float) -> _Waiter:
+        """Let the call wait for the keys that it fits, unless that is hopeless."""
+        ticket, options = call.ticket, call.request.options
         assert ticket is not None
-        route = self._fitting(call, tuple(self._pool.route(call.model)), cost)
+        keys = self._fitting(call, tuple(self._pool.route(call.model)), need)
+        flow = self._fairness.flow(options.priority, options.tenant)
         if call.deadline is not None:
-            self._refuse_the_hopeless(call, ticket, call.deadline, route, cost, now)
-        queue = self._queues.get(route)
-        if queue is None:
-            queue = self._queues[route] = Line(route, self._report_wait)
+            wait = self._time_until(call.model, flow, ticket, keys, need, now)
+            hopeless = self._hopeless(call.model, call.deadline, wait, call.provider, now)
+            if hopeless is not None:
+                raise hopeless
+        if self._max_queue is not None and self._waiting >= self._max_queue:
+            self._make_room(call, options.priority)
+        route = self._routes.get(keys)
+        if route is None:
+            route = self._routes[keys] = Route(keys, self._report_wait)
         self._arrivals += 1
         waiter: _Waiter = Waiter(
-            queue,
+            route,
+            flow,
             call_id=call.id,
             provider=call.provider,
             model=call.model,
             ticket=ticket,
             arrival=self._arrivals,
-            cost=cost,
+            need=need,
+            cost=self._cost(need, self._model(call.model, keys[0]), self._counting)[0],
             since=now,
         )
-        queue.add(waiter)
+        self._fairness.join(flow)
+        route.add(waiter)
         self._waiting += 1
         if call.deadline is not None:
             heappush(self._deadlines, (call.deadline, waiter.arrival, waiter))
         self._long_waits.set(waiter)
         return waiter
+
+    def _make_room(self, call: Call, priority: Priority) -> None:
+        """The queue is full: the youngest of the lowest priority gives way to a higher one.
+
+        Raises:
+            LLMPoolExhaustedError: there is none below *priority*.
+        """
+        lowest = self._fairness.lowest()
+        order = tuple(Priority)
+        if lowest is None or order.index(lowest) <= order.index(priority):
+            raise _full(call.provider, call.model, self._waiting)
+        youngest = max(
+            (
+                waiter
+                for route in self._routes.values()
+                for line in route.lines.values()
+                if line.flow.group.priority is lowest
+                for waiter in line.waiters
+                if waiter.alive
+            ),
+            key=_ARRIVAL,
+        )
+        self._finish(youngest, _full(youngest.provider, youngest.model, self._waiting))
 
     def _leave(self, waiter: _Waiter) -> None:
         """The waiter's task goes on, for whatever reason; whoever stood behind it may now be able to go."""
@@ -382,7 +560,8 @@ class RateLimitMiddleware:
 
     def _remove(self, waiter: _Waiter) -> None:
         waiter.alive = False
-        waiter.line.subtract(waiter)
+        waiter.route.subtract(waiter)
+        self._fairness.leave(waiter.flow)
         self._waiting -= 1
         self._left += 1
 
@@ -390,15 +569,16 @@ class RateLimitMiddleware:
         """Sweep the containers when most of what they hold has left."""
         if not self._waiting:
             self._left = 0
-            self._queues.clear()
+            self._routes.clear()
             self._deadlines.clear()
+            self._fairness.clear()
             self._set_timer(inf)
         elif self._left > MIN_COMPACT and self._left > self._waiting:
             self._left = 0
-            for queue in list(self._queues.values()):
-                queue.sweep()
-                if not queue.waiters:
-                    del self._queues[queue.route]
+            for route in list(self._routes.values()):
+                route.sweep()
+                if not route.lines:
+                    del self._routes[route.keys]
             self._deadlines = [entry for entry in self._deadlines if entry[2].alive]
             heapify(self._deadlines)
 
@@ -408,77 +588,214 @@ class RateLimitMiddleware:
             self._pump_handle = asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Admit whoever can go, oldest ticket first, and set the timer for the rest."""
+        """Admit whoever can go, by their turns, and set the timer for the rest."""
         self._pump_handle = None
         now = self._clock.now()
         self._fail_the_late(now)
         claimed: set[PoolKey] = set()
-        blocked: list[_Queue] = []
-        heads: list[tuple[int, int, _Queue]] = []
-        for queue in list(self._queues.values()):
-            self._push_head(queue, heads)
-        while heads:
-            queue = heappop(heads)[2]
-            waiter = queue.waiters[0]
-            outcome = self._pool.refusal(queue.route) or self._grant(queue.route, waiter.cost, now, claimed)
-            queue.starve(outcome is _Blocked.BY_CLIENTS, now)
+        blocked: list[_Route] = []
+        turns: list[_Turn] = []
+        for route in list(self._routes.values()):
+            self._push(route, turns)
+        while turns:
+            turn = heappop(turns)
+            route = turn[-1]
+            waiter = route.head()
+            if waiter is None or route.turn() > turn[:-1]:
+                # Others of its flow have gone since.
+                self._push(route, turns)
+                continue
+            outcome = self._pool.refusal(route.keys) or self._grant(route.keys, waiter.model, waiter.need, now, claimed)
+            route.starve(outcome is _Blocked.BY_CLIENTS, now)
             if not isinstance(outcome, _Blocked):
-                queue.waiters.popleft()
-                self._finish(waiter, outcome)
-                self._push_head(queue, heads)
-            elif outcome is _Blocked.BY_CLIENTS and self._fail_the_starved(queue, now):
-                self._push_head(queue, heads)
+                self._let_go(waiter, outcome)
+                self._push(route, turns)
+            elif outcome is _Blocked.BY_CLIENTS and self._fail_the_starved(route, now):
+                self._push(route, turns)
             else:
-                blocked.append(queue)
+                blocked.append(route)
                 if outcome is _Blocked.BY_LIMITS:
-                    claimed.update(queue.route)
+                    self._overtake(route, waiter, now, claimed)
+                    claimed.update(route.keys)
         self._tidy()
         self._arm(blocked, now)
 
-    def _push_head(self, queue: _Queue, heads: list[tuple[int, int, _Queue]]) -> None:
-        waiters = queue.waiters
-        while waiters and not waiters[0].alive:
-            waiters.popleft()
-        if waiters:
-            heappush(heads, (waiters[0].ticket, waiters[0].arrival, queue))
+    def _push(self, route: _Route, turns: list[_Turn]) -> None:
+        if route.head() is not None:
+            heappush(turns, (*route.turn(), route))
         else:
-            del self._queues[queue.route]
+            del self._routes[route.keys]
+
+    def _let_go(self, waiter: _Waiter, outcome: _Grant | LLMException) -> None:
+        """The waiter's turn has come."""
+        if isinstance(outcome, _Grant):
+            self._fairness.serve(waiter.flow, self._share(outcome.cost, waiter.route.keys, outcome.quota))
+        self._finish(waiter, outcome)
+
+    def _share(self, cost: Cost, keys: tuple[PoolKey, ...], quota: Quota) -> float:
+        """The largest share that *cost* takes of any limit of *quota*'s; of one without limits, all take the same."""
+        ledger = quota.ledger
+        share = 0.0
+        if ledger.request_limit:
+            share = cost.requests / ledger.request_limit
+        if ledger.input_limit:
+            share = max(share, cost.input_tokens / ledger.input_limit)
+        if ledger.output_limit:
+            share = max(share, cost.output_tokens / ledger.output_limit)
+        if ledger.token_limit:
+            share = max(share, cost.tokens / ledger.token_limit)
+        return share or 1.0
+
+    def _overtake(self, route: _Route, head: _Waiter, now: float, claimed: set[PoolKey]) -> None:
+        """Let smaller calls pass a *head* that must wait for tokens.
+
+        Without limits on that a large call would starve, without it what is left of a window would be wasted (3 to 7
+        points of it, RATE_LIMITING §3.3). So whoever will be no delay may always pass, and others a few times.
+        """
+        if head.blocked_since is None:
+            head.blocked_since = now
+        cost = head.cost
+        keys = [key for key in route.keys if key not in claimed and self._has_a_request(key, head.model, now)]
+        if not keys:
+            return
+        for waiter in route.behind(head, LOOK_BEHIND):
+            other = waiter.cost
+            if other.input_tokens >= cost.input_tokens and other.output_tokens >= cost.output_tokens:
+                continue
+            delaying = head.overtaken < OVERTAKERS and now - head.blocked_since < OVERTAKING_SECONDS
+            outcome = self._grant(keys, waiter.model, waiter.need, now, claimed, None if delaying else cost)
+            if isinstance(outcome, _Grant):
+                head.overtaken += delaying
+                self._let_go(waiter, outcome)
+            elif outcome is _Blocked.BY_CLIENTS:
+                return
+
+    def _has_a_request(self, key: PoolKey, model: str | None, now: float) -> bool:
+        ledger = self.quota(key, self._model(model, key)).ledger
+        return key.available_at <= now and (ledger.request_limit is None or ledger.requests_used < ledger.request_limit)
 
     def _grant(
-        self, route: tuple[PoolKey, ...], cost: Cost, now: float, claimed: set[PoolKey] | tuple[()]
+        self,
+        route: Sequence[PoolKey],
+        model: str | None,
+        need: Need,
+        now: float,
+        claimed: set[PoolKey] | tuple[()] = (),
+        beside: Cost | None = None,
     ) -> _Grant | _Blocked:
-        """A permit on the first key in rotation that can take *cost* now."""
-        for key in self._pool.rotation(route):
+        """A permit on the first key in rotation that can take *need* now, and still lets *beside* go as soon."""
+        affinity = need.affinity
+        keys = self._pool.rotation(route)
+        if affinity:
+            favourite = self._affinities.get(affinity)
+            if favourite is not None and favourite in route:
+                keys = (favourite, *(key for key in keys if key is not favourite))
+        for key in keys:
             if key.available_at > now or key in claimed:
                 continue
-            reservation = self.ledger(key).reserve(cost, now=now)
+            name = model or key.model or self._pool.default_model or ""
+            quota = self._quota_of.get((key, name)) or self.quota(key, name)
+            if quota.streams and now >= quota.pull_at:
+                self._pull(quota, name, now)
+            cost, variance = self._cost(need, name, self._counting)
+            if beside is not None and not quota.leaves_room(beside, cost, now=now):
+                continue
+            reservation = quota.reserve(cost, now=now, variance=variance)
             if reservation is None:
                 continue
             lease = self._pool.lease(key)
             if lease is None:
-                reservation.settle(NOTHING, now=now)
+                quota.settle(reservation, NOTHING, now=now)
                 return _Blocked.BY_CLIENTS
-            return _Grant(key, lease, reservation)
+            if affinity and favourite is not key:
+                self._remember(affinity, key)
+            return _Grant(key, name, quota, lease, reservation, cost)
         return _Blocked.BY_LIMITS
 
+    def _remember(self, affinity: int, key: PoolKey) -> None:
+        if len(self._affinities) >= MAX_AFFINITIES:
+            del self._affinities[next(iter(self._affinities))]
+        self._affinities[affinity] = key
+
+    def _pull(self, quota: Quota, model: str, now: float) -> None:
+        """Ask the streams how far they are, once a second at most, and only when somebody wants capacity."""
+        quota.pull_at = now + PULL_SECONDS
+        for permit in tuple(quota.streams):
+            permit.progress(now)
+        ledger = quota.ledger
+        if self._predictor.look_ahead and ledger.open_count:
+            ledger.horizon = ledger.open_output / ledger.open_count / self._predictor.speed(model)
+
     def _give_back(self, grant: _Grant) -> None:
-        grant.reservation.settle(NOTHING, now=self._clock.now())
+        grant.quota.settle(grant.reservation, NOTHING, now=self._clock.now())
         # Not a success: the key has not shown that it works.
         self._pool.release(grant.lease, asyncio.CancelledError())
         self._schedule()
 
-    # -- time ----------------------------------------------------------------------------------------------------
+    # -- what is learnt ------------------------------------------------------------------------------------------------
 
-    def _arm(self, blocked: list[_Queue], now: float) -> None:
+    def _tell(self, quota: Quota, dimension: Dimension | None, limit: int) -> None:
+        """A limit was adopted, or a slow start has begun: who waits may go now, or not yet."""
+        now, name = self._clock.now(), quota.name
+        provider = self._keys_of[quota][0].partition("/")[0]
+        if dimension is None:
+            if SlowStarted in self._events.wanted:
+                self._events.publish(SlowStarted(at=now, provider=provider, quota=name))
+        elif LimitAdopted in self._events.wanted:
+            self._events.publish(LimitAdopted(at=now, provider=provider, quota=name, dimension=dimension, limit=limit))
+
+    def _learn(self, permit: _Permit, usage: Usage, stream: ResponseStream | None, now: float) -> None:
+        """An answer has ended: the next ones are estimated by it."""
+        model, need = permit.model, permit.need
+        if usage.input_tokens > 0:
+            self._estimator.learn(
+                need.measure, model=model, tag=need.tag, actual=usage.input_tokens, cached=usage.cache_read_tokens
+            )
+        output = usage.output_tokens
+        if output > 0:
+            began = permit.began
+            self._predictor.learn(
+                model=model,
+                tag=need.tag,
+                output_tokens=output,
+                max_tokens=need.max_tokens,
+                seconds=now - began if began is not None else None,
+                under_way=permit.quota.ledger.open_count,
+            )
+            if stream is not None and (received := stream.received):
+                # Of an answer that thought unseen, what was seen says little: that is what the bounds are for.
+                self._per_byte += 0.05 * (min(max(output / received, LEAST_PER_BYTE), MOST_PER_BYTE) - self._per_byte)
+
+    def _tokens_in(self, received: int) -> int:
+        """Output tokens in so many bytes of text."""
+        return int(received * self._per_byte)
+
+    def _note_owners(self, key: PoolKey, quota: Quota, owners: Sequence[str]) -> None:
+        """Warn once of keys that share an owner, and so limits, but not a pool."""
+        pool = key.quota_pool or key.ref.id
+        for owner in owners:
+            other = self._owners.setdefault(owner, pool)
+            if other != pool and (note := f"{owner} {other} {pool}") not in self._owners:
+                self._owners[note] = pool
+                if SharedOwner in self._events.wanted:
+                    self._events.publish(
+                        SharedOwner(at=self._clock.now(), provider=key.ref.provider, owner=owner, pools=(other, pool))
+                    )
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _arm(self, blocked: list[_Route], now: float) -> None:
         """Set the one timer to the earliest instant at which anything can change by itself."""
         earliest = inf
-        for queue in blocked:
-            if queue.starved_since is not None:
+        for route in blocked:
+            if route.starved_since is not None:
                 continue
-            for key in queue.route:
+            waiter = route.head()
+            model = waiter.model if waiter is not None else None
+            for key in route.keys:
                 at = key.available_at
                 if at <= now:
-                    at = self.ledger(key).next_expiry(now) or inf
+                    at = self.quota(key, self._model(model, key)).opens_at(now)
                 earliest = min(earliest, at)
         when = max(earliest, now + MIN_WAKE)
         while self._deadlines and not self._deadlines[0][2].alive:
@@ -487,7 +804,7 @@ class RateLimitMiddleware:
             # Capacity that comes before a deadline must not be handed out after it.
             when = min(earliest, self._deadlines[0][0])
         if self._acquire_timeout is not None:
-            when = min(when, min((now + queue.patience(self._acquire_timeout, now) for queue in blocked), default=inf))
+            when = min(when, min((now + route.patience(self._acquire_timeout, now) for route in blocked), default=inf))
         self._set_timer(when)
 
     def _set_timer(self, when: float) -> None:
@@ -506,6 +823,7 @@ class RateLimitMiddleware:
             self._pump()
 
     def _fail_the_late(self, now: float) -> None:
+        """Fail those whose deadline has passed, and those who can be seen to miss it."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, _, waiter = heappop(self._deadlines)
             if waiter.alive:
@@ -517,14 +835,24 @@ class RateLimitMiddleware:
                         model=waiter.model,
                     ),
                 )
+        if self._deadlines and now >= self._recheck_at:
+            self._recheck_at = now + RECHECK_SECONDS
+            for deadline, _, waiter in nsmallest(RECHECKED, self._deadlines):
+                if waiter.alive:
+                    wait = self._time_until(
+                        waiter.model, waiter.flow, waiter.ticket, waiter.route.keys, waiter.need, now
+                    )
+                    hopeless = self._hopeless(waiter.model, deadline, wait, waiter.provider, now)
+                    if hopeless is not None:
+                        self._finish(waiter, hopeless)
 
-    def _fail_the_starved(self, queue: _Queue, now: float) -> bool:
+    def _fail_the_starved(self, route: _Route, now: float) -> bool:
         """Fail those who have waited for nothing but a client for too long; say whether there were any."""
         timeout = self._acquire_timeout
         failed = False
         # A hundredth of a second is the timer's own inaccuracy.
-        while timeout is not None and queue.patience(timeout, now) <= 0.01:
-            waiter = queue.arrived.popleft()
+        while timeout is not None and route.patience(timeout, now) <= 0.01:
+            waiter = route.arrived.popleft()
             self._finish(
                 waiter,
                 LLMPoolExhaustedError(
@@ -546,7 +874,7 @@ class RateLimitMiddleware:
                     provider=waiter.provider,
                     call_id=waiter.call_id,
                     waited=now - waiter.since,
-                    ahead=waiter.line.position(waiter),
+                    ahead=waiter.route.position(waiter),
                 )
             )
 
@@ -555,71 +883,177 @@ def _closed(provider: str) -> LLMPoolExhaustedError:
     return LLMPoolExhaustedError("the manager was closed before the call was admitted", provider=provider)
 
 
+def _full(provider: str, model: str | None, waiting: int) -> LLMPoolExhaustedError:
+    return LLMPoolExhaustedError(
+        f"the queue is full: {waiting} calls wait; raise middleware.rate_limiter.max_queue, or offer less",
+        provider=provider,
+        model=model,
+    )
+
+
 class _Grant(NamedTuple):
     """What admission hands out: a key, with a client taken and a reservation made."""
 
     key: PoolKey
+    model: str
+    quota: Quota
     lease: Lease
     reservation: Reservation
+    cost: Cost
 
 
 class _Blocked(Enum):
     """What keeps the head of a queue from going."""
 
     BY_LIMITS = "limits"
-    """Or by pauses, or by an older head's claim."""
+    """Or by pauses, or by another head's claim."""
     BY_CLIENTS = "clients"
     """A key could admit it, and no client is free."""
 
 
-_Waiter: TypeAlias = Waiter[PoolKey, _Grant | LLMException]
-_Queue: TypeAlias = Line[PoolKey, _Grant | LLMException]
+_Outcome: TypeAlias = _Grant | LLMException
+_Waiter: TypeAlias = Waiter[PoolKey, Need, _Outcome]
+_Route: TypeAlias = Route[PoolKey, Need, _Outcome]
+_Turn: TypeAlias = tuple[float, float, int, int, _Route]
+_ARRIVAL = attrgetter("arrival")
+_UNLIMITED = LimitSettings()
 
 
 class _Permit:
-    """The :class:`~.base.Admission` that this layer gives: a reservation in a ledger and a leased client."""
+    """The :class:`~.base.Admission` that this layer gives: a reservation in a quota's books and a leased client."""
 
-    __slots__ = ("_lease", "_limiter", "_reservation", "_sent", "cost", "key", "model")
+    __slots__ = (
+        "_cost",
+        "_lease",
+        "_limiter",
+        "_pool_key",
+        "_probe",
+        "_reservation",
+        "_sent_at",
+        "_stream",
+        "began",
+        "key",
+        "model",
+        "need",
+        "quota",
+    )
 
     key: KeyRef
     model: str
 
-    def __init__(self, limiter: RateLimitMiddleware, cost: Cost) -> None:
+    def __init__(self, limiter: RateLimitMiddleware, need: Need) -> None:
         self._limiter = limiter
-        self.cost = cost
+        self.need = need
         self._lease: Lease | None = None
         self._reservation: Reservation | None = None
-        self._sent = False
+        self._probe: Probe | None = None
+        self._stream: ResponseStream | None = None
+        self._sent_at: float | None = None
+        self.began: float | None = None
+
+    @property
+    def wants_limits(self) -> bool:
+        return self._probe is not None
 
     async def renew(self, call: Call) -> None:
         if self._lease is not None:
             # A layer that repeats should have settled; what it forgot to give back would be gone for good.
             self.settle(Settlement(error=asyncio.CancelledError()))
         limiter = self._limiter
-        self.take(call, limiter._admit(call, self.cost) or await limiter._wait(call, self.cost))
+        self.take(call, limiter._admit(call, self.need) or await limiter._wait(call, self.need))
 
     def take(self, call: Call, grant: _Grant) -> None:
         """Hold what was granted."""
-        key, self._lease, self._reservation = grant
-        self._sent = False
+        key, self.model, self.quota, self._lease, self._reservation, self._cost = grant
+        self._pool_key = key
+        self._sent_at = self.began = self._probe = self._stream = None
         self.key = key.ref
-        self.model = self._limiter._model(call, key)
 
     def sent(self) -> None:
-        self._sent = True
-        if self._reservation is not None:
-            self._reservation.sent(self._limiter._clock.now())
+        reservation = self._reservation
+        self._sent_at = now = self._limiter._clock.now()
+        if reservation is not None:
+            reservation.sent(now)
+            if now >= self.quota.probe_at:
+                self._probe = self.quota.probe(now)
 
     def observe(self, *, limits: ObservedLimits | None = None, usage: Usage | None = None) -> None:
-        """Nothing is learnt from headers yet."""
+        """An answer's headers; or, once it has begun, what the vendor says of its prompt."""
+        limiter, quota, reservation = self._limiter, self.quota, self._reservation
+        if reservation is None:
+            return
+        now = limiter._clock.now()
+        if limits is not None:
+            probe, self._probe = self._probe, None
+            quota.observe(probe, limits, speed=limiter._predictor.speed(self.model), now=now)
+            if limits.owners:
+                limiter._note_owners(self._pool_key, quota, limits.owners)
+        else:
+            self.began = now
+            quota.accepted()
+            if usage is not None and usage.input_tokens:
+                counting = limiter._counting
+                counted = usage.input_tokens - (0 if counting.cache_reads else usage.cache_read_tokens)
+                tokens = self._cost.tokens if counting.reserve_max else counted
+                reservation.correct(input_tokens=counted, tokens=tokens, now=now)
+        limiter._schedule()
+
+    def follow(self, stream: ResponseStream) -> None:
+        """The answer is a stream: what comes of it is counted while it comes."""
+        if self._reservation is not None and not stream.settled:
+            self._stream = stream
+            self.quota.streams.add(self)
+
+    def progress(self, now: float) -> None:
+        """Count what has come of the stream so far."""
+        stream, reservation, limiter = self._stream, self._reservation, self._limiter
+        if stream is None or reservation is None:
+            return
+        produced = limiter._tokens_in(stream.received)
+        usage = stream.usage
+        if usage is not None and usage.output_tokens > produced:
+            produced = usage.output_tokens
+        mean, variance = limiter._predictor.expect(
+            model=self.model, tag=self.need.tag, max_tokens=self.need.max_tokens, produced=produced
+        )
+        reservation.produced(produced, mean=ceil(mean), variance=variance, now=now)
 
     def settle(self, settlement: Settlement) -> None:
         lease, self._lease = self._lease, None
-        if lease is None or self._reservation is None:
+        reservation, self._reservation = self._reservation, None
+        if lease is None or reservation is None:
             return
-        limiter = self._limiter
-        actual = charge(self.cost, settlement, sent=self._sent)
-        self._reservation.settle(actual, now=limiter._clock.now())
-        self._reservation = None
-        limiter._pool.release(lease, settlement.error)
+        limiter, quota, stream, error = self._limiter, self.quota, self._stream, settlement.error
+        now = limiter._clock.now()
+        produced = 0
+        if stream is not None:
+            self._stream = None
+            quota.streams.discard(self)
+            produced = limiter._tokens_in(stream.received)
+        actual = charge(
+            self._cost,
+            settlement,
+            sent=self._sent_at is not None,
+            produced=produced,
+            counting=limiter._counting,
+        )
+        until = None
+        if error is None:
+            if settlement.usage is not None:
+                limiter._learn(self, settlement.usage, stream, now)
+            if not quota.open:
+                quota.accepted()
+        elif self._sent_at is not None:
+            if isinstance(error, LLMRateLimitError) and error.retryable:
+                quota.refused(
+                    self._sent_at,
+                    retry_after=error.retry_after or 0.0,
+                    ramp=error.code in RAMP_CODES,
+                    now=now,
+                )
+            elif not isinstance(error, LLMException) or error.status is None:
+                # Given up or broken off: the vendor may go on with it for a while.
+                until = now + reservation.mean / limiter._predictor.speed(self.model)
+        quota.settle(reservation, actual, now=now, until=until)
+        limiter._pool.release(lease, error)
         limiter._schedule()

@@ -184,8 +184,10 @@ class TokenEstimator:
         learnt = self._find(model, tag)
         return ceil(measure * (learnt.factor if learnt is not None else PAD))
 
-    def learn(self, request: Request | float, *, model: str, tag: str = "", actual: int) -> None:
-        """The vendor has counted *actual* input tokens (cached ones included) in *request*, or in what measured so."""
+    def learn(
+        self, request: Request | float, *, model: str, tag: str = "", actual: int, cached: int = 0
+    ) -> None:
+        """The vendor has counted *actual* input tokens in *request*, or in what measured so, *cached* ones among them."""
         measure = self.measure(request) if isinstance(request, Request) else request
         if actual <= 0 or measure <= 0:
             # Some compatible servers do not count.
@@ -197,7 +199,14 @@ class TokenEstimator:
             if len(self._learnt) >= MAX_LEARNT:
                 del self._learnt[next(iter(self._learnt))]
         learnt.add(actual / measure)
+        if cached or learnt.cached:
+            learnt.cached += SLOWEST * (min(cached / actual, 1.0) - learnt.cached)
         self._learnt[key] = learnt
+
+    def cached(self, model: str, tag: str = "") -> float:
+        """The share of a prompt that probably comes from the vendor's cache; 0.0 until one has."""
+        learnt = self._find(model, tag)
+        return learnt.cached if learnt is not None else 0.0
 
     def ratio(self, model: str, tag: str = "") -> float:
         """What a measure is to be multiplied by for the expected number of tokens, without a margin."""
@@ -223,11 +232,12 @@ class TokenEstimator:
 class _Learnt:
     """The factor of one model and tag, and how far single answers were from it."""
 
-    __slots__ = ("_recent", "_sorted", "answers", "factor", "ratio")
+    __slots__ = ("_recent", "_sorted", "answers", "cached", "factor", "ratio")
 
     def __init__(self) -> None:
         self.answers = 0
         self.ratio = 1.0
+        self.cached = 0.0
         self.factor = PAD
         """The ratio with its margin."""
         self._recent: deque[float] = deque()
