@@ -473,7 +473,7 @@ class _Run:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
         await clock.sleep(SETTLING)
-        left = _held(self.manager.get_status()["providers"]["vendor"])
+        left = _held(self.manager.get_status())
         await self.manager.close()
         return self._outcome(left)
 
@@ -573,9 +573,10 @@ class _Run:
 
 
 def _held(status: dict[str, Any]) -> int:
-    """Clients in use, and keys with output reserved."""
-    held: int = status["clients"]["in_use"]
-    return held + sum(1 for key in status["limits"]["keys"].values() if key["output_tokens"]["reserved"])
+    """Clients in use, and quotas with output reserved."""
+    held: int = status["providers"]["vendor"]["clients"]["in_use"]
+    quotas = status["limits"]["vendor"]["quotas"].values()
+    return held + sum(1 for groups in quotas for quota in groups.values() if quota["output_tokens"]["reserved"])
 
 
 def _peaks(book: Sequence[Used], limit: int) -> tuple[float, float]:

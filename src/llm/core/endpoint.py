@@ -177,7 +177,7 @@ class Endpoint:
                 try:
                     key.headers = response.headers
                     admission = call.admission
-                    if admission is not None and admission.wants_limits:
+                    if admission is not None and (admission.wants_limits or response.status == 429):
                         limits = self._provider.limits(response.headers)
                         if limits is not None:
                             admission.observe(limits=limits)

@@ -695,7 +695,7 @@ class RateLimitMiddleware:
                 continue
             name = model or key.model or self._pool.default_model or ""
             quota = self._quota_of.get((key, name)) or self.quota(key, name)
-            if quota.streams and now >= quota.pull_at:
+            if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
                 self._pull(quota, name, now)
             cost, variance = self._cost(need, name, self._counting)
             if beside is not None and not quota.leaves_room(beside, cost, now=now):
@@ -719,12 +719,12 @@ class RateLimitMiddleware:
 
     def _pull(self, quota: Quota, model: str, now: float) -> None:
         """Ask the streams how far they are, once a second at most, and only when somebody wants capacity."""
-        quota.pull_at = now + PULL_SECONDS
+        quota.pulled_at = now
         for permit in tuple(quota.streams):
             permit.progress(now)
         ledger = quota.ledger
         if self._predictor.look_ahead and ledger.open_count:
-            ledger.horizon = ledger.open_output / ledger.open_count / self._predictor.speed(model)
+            ledger.horizon = quota.first_token + ledger.open_output / ledger.open_count / self._predictor.speed(model)
 
     def _give_back(self, grant: _Grant) -> None:
         grant.quota.settle(grant.reservation, NOTHING, now=self._clock.now())
@@ -931,6 +931,7 @@ class _Permit:
         "_reservation",
         "_sent_at",
         "_stream",
+        "_told",
         "began",
         "key",
         "model",
@@ -948,6 +949,7 @@ class _Permit:
         self._reservation: Reservation | None = None
         self._probe: Probe | None = None
         self._stream: ResponseStream | None = None
+        self._told = False
         self._sent_at: float | None = None
         self.began: float | None = None
 
@@ -967,6 +969,7 @@ class _Permit:
         key, self.model, self.quota, self._lease, self._reservation, self._cost = grant
         self._pool_key = key
         self._sent_at = self.began = self._probe = self._stream = None
+        self._told = False
         self.key = key.ref
 
     def sent(self) -> None:
@@ -985,12 +988,17 @@ class _Permit:
         now = limiter._clock.now()
         if limits is not None:
             probe, self._probe = self._probe, None
-            quota.observe(probe, limits, speed=limiter._predictor.speed(self.model), now=now)
+            if probe is None:
+                probe = quota.probe(now, since=self._sent_at)
+            if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
+                limiter._pull(quota, self.model, now)
+            self._told = quota.observe(probe, limits, speed=limiter._predictor.speed(self.model), now=now)
             if limits.owners:
                 limiter._note_owners(self._pool_key, quota, limits.owners)
         else:
             self.began = now
-            quota.accepted()
+            if self._sent_at is not None:
+                quota.began(reservation, self._sent_at, now=now)
             if usage is not None and usage.input_tokens:
                 counting = limiter._counting
                 counted = usage.input_tokens - (0 if counting.cache_reads else usage.cache_read_tokens)
@@ -1041,13 +1049,14 @@ class _Permit:
         if error is None:
             if settlement.usage is not None:
                 limiter._learn(self, settlement.usage, stream, now)
-            if not quota.open:
-                quota.accepted()
+            if not quota.open and self._sent_at is not None:
+                quota.accepted(self._sent_at)
         elif self._sent_at is not None:
             if isinstance(error, LLMRateLimitError) and error.retryable:
                 quota.refused(
                     self._sent_at,
                     retry_after=error.retry_after or 0.0,
+                    told=self._told,
                     ramp=error.code in RAMP_CODES,
                     now=now,
                 )

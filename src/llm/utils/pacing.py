@@ -34,11 +34,11 @@ class SlowStart:
     second) would have let through: a process before this one may have used the quota, and then just that returns.
     """
 
-    __slots__ = ("_began", "_rate", "_sent")
+    __slots__ = ("_rate", "_sent", "began")
 
     def __init__(self, rate: float, began: float) -> None:
         self._rate = rate
-        self._began = began
+        self.began = began
         self._sent = 0
 
     def sent(self) -> None:
@@ -52,7 +52,7 @@ class SlowStart:
     def opens_at(self) -> float:
         """The instant from which one more may go."""
         doubling = STEP * log2(self._sent + 1)
-        return self._began + (min(doubling, self._sent / self._rate) if self._rate > 0.0 else doubling)
+        return self.began + (min(doubling, self._sent / self._rate) if self._rate > 0.0 else doubling)
 
 
 class Guard:

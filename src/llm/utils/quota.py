@@ -25,10 +25,22 @@ OBSERVE_EVERY = 0.1
 COALESCE_ABOVE = 500
 """Requests a window above which the log is kept by grains: a shorter one is walked in 25 µs."""
 GRAIN = 0.25
-OUTPUT_GRAIN = 0.25
+OUTPUT_GRAIN = 0.1
 """Seconds. Of 60 s this is 0.4 %, by which capacity may return late."""
 DAY = 86_400.0
 DAY_GRAIN = 300.0
+NEARLY_FULL = 0.95
+"""Of a limit, from which a refusal is a matter of moments: one request came late, or the window's edge was hit."""
+STALE = 1.0
+"""Seconds after which headers say little of a quota that others use as well."""
+SHARED_SECONDS = 600.0
+"""For how long a quota is taken to be shared, after somebody else was seen to use it."""
+LATE = 3.0
+"""Mean deviations above the mean after which a first token is late: its request probably arrived late too."""
+LEARNING = 0.05
+"""The weight of a new answer in the mean time to the first token."""
+ON_ITS_WAY = 0.2
+"""Seconds that output may be under way to us."""
 UNDER_WAY = 1.0
 """Seconds in which a request surely arrives; until then a header may or may not count it."""
 ROUNDED = 500
@@ -61,22 +73,27 @@ class Quota:
         "_answered",
         "_configured",
         "_counting",
+        "_deviation",
         "_free",
         "_guard",
         "_others",
         "_ramp",
         "_refused_at",
+        "_shared_until",
         "_slow",
         "_spans",
         "_start",
+        "_timed",
         "_told",
+        "_told_at",
         "concurrent_limit",
+        "first_token",
         "in_flight",
         "ledger",
         "name",
         "paused_until",
         "probe_at",
-        "pull_at",
+        "pulled_at",
         "slow_start",
         "streams",
     )
@@ -105,7 +122,7 @@ class Quota:
             window=window,
             guard=guard,
             grain=min(GRAIN, window / 240) if requests is None or requests > COALESCE_ABOVE else 0.0,
-            output_grain=min(OUTPUT_GRAIN, window / 240),
+            output_grain=min(OUTPUT_GRAIN, window / 600),
             output_counts=not self._counting.reserve_max,
             z=z,
         )
@@ -124,14 +141,20 @@ class Quota:
         """The window of the allowance, while it binds."""
         self.streams: set[Any] = set()
         """Whoever holds a reservation of an answer that streams."""
-        self.pull_at = -inf
-        """When they are to be asked again how far they are."""
+        self.pulled_at = -inf
+        """When they were last asked how far they are."""
         self.slow_start = slow_start
         self._start: SlowStart | None = None
         self._answered = not slow_start
         self._free = self._answered and self.concurrent_limit is None
         """Nothing but the ledgers can hold a call back."""
         self.probe_at = -inf
+        self._told_at = -inf
+        """When headers last told what is left."""
+        self._shared_until = -inf
+        self.first_token = self._deviation = 0.0
+        """Seconds to the first token of a stream: their mean, and the mean deviation from it."""
+        self._timed = 0
         self._refused_at = -inf
 
     def __repr__(self) -> str:
@@ -141,9 +164,7 @@ class Quota:
 
     def reserve(self, cost: Cost, *, now: float, variance: float = 0.0) -> Reservation | None:
         """Take *cost* in every window, or nothing and return None."""
-        if (not self._answered or self.concurrent_limit is not None or now < self.paused_until) and not self._opens(
-            now
-        ):
+        if (not self._free or (now < self._shared_until and now > self._told_at + STALE)) and not self._opens(now):
             return None
         reservation = self.ledger.reserve(cost, now=now, variance=variance)
         if reservation is None:
@@ -192,6 +213,9 @@ class Quota:
     def _opens(self, now: float) -> bool:
         if now < self.paused_until:
             return False
+        if self._answered and now < self._shared_until and now > self._told_at + STALE:
+            self._told_at = now
+            self._begin(now)
         if self._answered and self.concurrent_limit is None:
             self._free = True
             return True
@@ -212,52 +236,80 @@ class Quota:
 
     # -- what is learnt ------------------------------------------------------------------------------------------------
 
-    def probe(self, now: float) -> Probe | None:
-        """Our books at the departure of a request whose headers shall be read; None when that is not due."""
-        if now < self.probe_at:
-            return None
-        self.probe_at = now + OBSERVE_EVERY
-        self._tick(now)
+    def probe(self, now: float, *, since: float | None = None) -> Probe:
+        """Our books at the departure of a request whose headers are to be read; it has left *since*, or just now."""
+        if since is None:
+            self.probe_at = now + OBSERVE_EVERY
+            self._tick(now)
         ledger = self.ledger
         ledger.expire(now)
-        recent = ledger.recent(now - UNDER_WAY)
+        recent = ledger.recent((since if since is not None else now) - UNDER_WAY)
         own = tuple(ledger.used(dimension) - getattr(ledger.foreign, dimension) for dimension in DIMENSIONS)
         return Probe(now, tuple(map(int.__sub__, own, recent)), own)
 
-    def observe(self, probe: Probe | None, limits: ObservedLimits | None, *, speed: float, now: float) -> None:
-        """The answer to *probe* has begun, with *limits* in its headers; others come at *speed* tokens a second."""
-        if limits is not None and probe is not None:
-            for number, dimension in enumerate(DIMENSIONS):
-                state: LimitState | None = getattr(limits, dimension)
-                if state is not None and state.limit:
-                    self._adopt(dimension, state.limit)
-                    if state.remaining is not None and self.ledger.limit(dimension) is not None:
-                        self._compare(dimension, number, state.limit - state.remaining, probe, speed, now)
+    def observe(self, probe: Probe, limits: ObservedLimits, *, speed: float, now: float) -> bool:
+        """The answer to *probe* has begun, with *limits* in its headers; others come at *speed* tokens a second.
+
+        Returns whether they tell what is left.
+        """
+        told = False
+        for number, dimension in enumerate(DIMENSIONS):
+            state: LimitState | None = getattr(limits, dimension)
+            if state is not None and state.limit:
+                self._adopt(dimension, state.limit)
+                if state.remaining is not None and self.ledger.limit(dimension) is not None:
+                    told = True
+                    self._compare(dimension, number, state.limit - state.remaining, probe, speed, now)
+        if told:
+            self._told_at = now
+        return told
+
+    def began(self, reservation: Reservation, sent_at: float, *, now: float) -> None:
+        """The first token of an answer has come."""
+        self.accepted(sent_at)
+        seconds = now - sent_at
+        late = seconds - self.first_token
+        if not self._timed:
+            self.first_token, self._deviation = seconds, seconds
+        elif late > LATE * self._deviation:
+            # Somewhere on the way it lost time. If that was before it arrived, it counts from then.
+            reservation.postpone(now - max(0.0, self.first_token - 2.0 * self._deviation), now=now)
+            late = LATE * self._deviation
+        self._timed += 1
+        weight = max(LEARNING, 1.0 / self._timed)
+        self.first_token += weight * late
+        self._deviation += weight * (abs(late) - self._deviation)
 
     @property
     def open(self) -> bool:
         """Whether it is known how much may be used: there is no slow start under way."""
         return self._answered
 
-    def accepted(self) -> None:
-        """An answer has come that was no refusal: there is no more need to be slow."""
-        if not self._answered:
+    def accepted(self, sent_at: float) -> None:
+        """A request that left at *sent_at* was not refused: a slow start that it was part of is over."""
+        if not self._answered and self._start is not None and sent_at >= self._start.began:
             self._answered = True
             self._start = None
 
-    def refused(self, sent_at: float, *, retry_after: float, ramp: bool, now: float) -> None:
-        """A request that left at *sent_at* was answered with 429, although the books had room for it."""
+    def refused(self, sent_at: float, *, retry_after: float, told: bool, ramp: bool, now: float) -> None:
+        """A request that left at *sent_at* was answered with 429, although the books had room for it.
+
+        *told*: its headers have explained it (:meth:`observe`). *ramp*: the vendor says that traffic grew too fast.
+        """
         self.paused_until = max(self.paused_until, now + retry_after)
         self._free = False
         # Those that were under way together are one refusal.
         if sent_at > self._refused_at:
             self._refused_at = now
-            self._guard.refused(now)
-            self._allowance.refused(now)
+            if self._nearly_full(now):
+                self._guard.refused(now)
+            elif not told:
+                self._allowance.refused(now)
             if ramp:
                 self._ramp.refused(now)
             self._apply(now)
-            if self.slow_start:
+            if self.slow_start and not self._nearly_full(now):
+                self._shared_until = now + SHARED_SECONDS
                 self._begin(self.paused_until)
         # Whatever goes next is to tell how things stand.
         self.probe_at = -inf
@@ -271,6 +323,16 @@ class Quota:
         self._others = [*self._spans, *([self._slow] if self._slow is not None else ())]
         self.in_flight = 0
         self.streams.clear()
+
+    def _nearly_full(self, now: float) -> bool:
+        """Whether by our own books a limit was all but used up."""
+        ledger = self.ledger
+        ledger.expire(now)
+        for dimension in DIMENSIONS:
+            limit = ledger.limit(dimension)
+            if limit and ledger.used(dimension) - getattr(ledger.foreign, dimension) >= NEARLY_FULL * limit:
+                return True
+        return False
 
     def _adopt(self, dimension: Dimension, told: int) -> None:
         """A limit that nobody configured is the vendor's; one that is above the vendor's is lowered to it."""
@@ -299,9 +361,10 @@ class Quota:
             tolerance += INPUT_ERROR * (probe.at_most[number] - surely)
         if dimension == "output_tokens" or (dimension == "tokens" and ledger.output_counts):
             # What streams have produced and not told yet.
-            at_most += int(speed * ledger.open_count * 2.0 * UNDER_WAY)
+            at_most += int(speed * ledger.open_count * (min(now - self.pulled_at, UNDER_WAY) + ON_ITS_WAY))
         least, most = ceil(used - tolerance - at_most), max(0, int(used + tolerance - surely))
         if foreign < least:
+            self._shared_until = now + SHARED_SECONDS
             ledger.add_foreign(dimension, least - foreign, now=now)
         elif foreign > most:
             ledger.add_foreign(dimension, most - foreign, now=now)

@@ -441,7 +441,8 @@ class Ledger:
         if not self._bounded:
             return
         log = self._produced
-        expiry = now + self.span
+        # No guard: a vendor has counted what we see before we see it.
+        expiry = now + self._window
         combined = amount if self.output_counts else 0
         self.output_used += amount
         self.tokens_used += combined

@@ -184,10 +184,8 @@ class TokenEstimator:
         learnt = self._find(model, tag)
         return ceil(measure * (learnt.factor if learnt is not None else PAD))
 
-    def learn(
-        self, request: Request | float, *, model: str, tag: str = "", actual: int, cached: int = 0
-    ) -> None:
-        """The vendor has counted *actual* input tokens in *request*, or in what measured so, *cached* ones among them."""
+    def learn(self, request: Request | float, *, model: str, tag: str = "", actual: int, cached: int = 0) -> None:
+        """The vendor has counted *actual* input tokens in *request*, or in what measured so, *cached* among them."""
         measure = self.measure(request) if isinstance(request, Request) else request
         if actual <= 0 or measure <= 0:
             # Some compatible servers do not count.
