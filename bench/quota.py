@@ -262,11 +262,22 @@ def _date(wall: int) -> str:
     return formatdate(wall, usegmt=True)
 
 
+class Idle:
+    """How many connections are open and carry nothing."""
+
+    count = 0
+
+
 class Response:
     """An answer on its way: pieces of a body, and when each is here."""
 
     def __init__(
-        self, status: int, headers: dict[str, str], pieces: Sequence[tuple[float, bytes]], clock: VirtualClock
+        self,
+        status: int,
+        headers: dict[str, str],
+        pieces: Sequence[tuple[float, bytes]],
+        clock: VirtualClock,
+        idle: Idle,
     ) -> None:
         self.status = status
         self.headers = headers
@@ -274,6 +285,7 @@ class Response:
         self._pieces = pieces
         self._read = 0
         self._clock = clock
+        self._idle = idle
         self._closed = False
 
     async def read(self) -> bytes:
@@ -290,6 +302,9 @@ class Response:
         if wait > 0.0:
             await self._clock.sleep(wait)
         self._read += 1
+        if self._read == len(self._pieces):
+            # The connection is free for another request.
+            self._idle.count += 1
         return piece
 
     def close(self) -> None:
@@ -306,17 +321,23 @@ class Wire:
         self._clock = clock
         self._chance = chance
         self._offered = offered
+        self._idle = Idle()
         self._dialect: type[Anthropic] | type[OpenAI] = Anthropic if vendor.row.dialect == "anthropic" else OpenAI
 
     async def send(self, request: HTTPRequest, exchange: Exchange) -> Response:
         clock = self._clock
-        exchange.reused = True
+        exchange.reused = self._idle.count > 0
+        if exchange.reused:
+            self._idle.count -= 1
+        else:
+            # Connections are kept, but have to be made: TCP and TLS 1.3 take a round trip each.
+            await clock.sleep(sum(one_way(self._chance, self._vendor.row.spikes) for _ in range(4)))
         if exchange.on_connection is not None:
             exchange.on_connection()
         exchange.written = True
         key = int(self._dialect.key(request.headers).rpartition("-")[2]) - 1
         if request.method == "GET":
-            return Response(200, {}, [(0.0, b"{}")], clock)
+            return Response(200, {}, [(0.0, b"{}")], clock, self._idle)
         job = self._offered[int(request.headers["x-job"])]
         job.sent_at = clock.now()
         await clock.sleep(one_way(self._chance, self._vendor.row.spikes))
@@ -326,7 +347,7 @@ class Wire:
             headers = self._headers(key) | {"retry-after": f"{answer:.6f}"}
             await clock.sleep(back)
             exchange.started = True
-            return Response(429, headers, [(0.0, self._dialect.failure(429))], clock)
+            return Response(429, headers, [(0.0, self._dialect.failure(429))], clock, self._idle)
         answer.run()
         try:
             await clock.sleep(answer.pieces[0][0] - clock.now())
@@ -337,11 +358,11 @@ class Wire:
             raise
         exchange.started = True
         if answer.overloaded:
-            return Response(529, headers, [(0.0, self._dialect.failure(529))], clock)
+            return Response(529, headers, [(0.0, self._dialect.failure(529))], clock, self._idle)
         pieces = [(at + back, self._dialect.piece(tokens)) for at, tokens in answer.pieces]
         pieces[0] = (pieces[0][0], self._dialect.opening(job))
         pieces.append((pieces[-1][0], self._dialect.ending(job)))
-        response = Response(200, headers | {"content-type": "text/event-stream"}, pieces, clock)
+        response = Response(200, headers | {"content-type": "text/event-stream"}, pieces, clock, self._idle)
         response.answer = answer
         return response
 

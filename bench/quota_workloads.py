@@ -26,6 +26,8 @@ LARGEST_PROMPT = 50_000
 """Tokens; the tail of the distribution is cut here."""
 
 BASE = Quota(requests=300, input_tokens=200_000, output_tokens=30_000)
+REQUEST_BOUND = Quota(requests=300, input_tokens=200_000, output_tokens=60_000)
+"""With the base key 300 uniform answers of 100 tokens would use up the output limit as well."""
 
 Importance: TypeAlias = Literal["high", "normal", "low"]
 
@@ -158,7 +160,8 @@ FOUR = (1, 1, 2, 6)
 SMALL = Quota(requests=100, input_tokens=66_667, output_tokens=10_000)
 
 ROWS = (
-    Row("strict-uniform", "strict", UNIFORM, "requests", target=Target(0.995, 0)),
+    Row("strict-uniform", "strict", UNIFORM, "requests", keys=(REQUEST_BOUND,), target=Target(0.995, 0)),
+    Row("strict-both", "strict", UNIFORM, "requests"),
     # With the base key's output limit both would bind at the same rate: 150,000 : 1,233 is 30,000 : 247.
     Row(
         "strict-input",
@@ -170,7 +173,7 @@ ROWS = (
     ),
     Row("strict-heavy", "strict", HEAVY, "output_tokens", target=Target(0.925, 3, warm=1.03, cold=1.12)),
     Row("strict-bursts", "strict", HEAVY, "output_tokens", load=Bursts(170, 90.0)),
-    Row("bucket-uniform", "bucket", UNIFORM, "requests", target=Target(0.995, 0)),
+    Row("bucket-uniform", "bucket", UNIFORM, "requests", keys=(REQUEST_BOUND,), target=Target(0.995, 0)),
     Row("bucket-heavy", "bucket", HEAVY, "output_tokens", target=Target(0.90, 2)),
     Row("burst5-uniform", "burst", UNIFORM, "requests", target=Target(0.94, 80)),
     Row("reserve-max", "reserve_max", HEAVY, "tokens", keys=(Quota(requests=300, tokens=200_000),)),

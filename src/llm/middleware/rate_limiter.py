@@ -81,7 +81,7 @@ RAMP_CODES = frozenset(("slow_down", "ramp_limit_exceeded"))
 PER_BYTE = 0.22
 LEAST_PER_BYTE, MOST_PER_BYTE = 0.1, 1.0
 """Output tokens in a byte of text, before anything is known; and what is believed."""
-PULL_SECONDS = 1.0
+PULL_SECONDS = 0.25
 """Between two looks at how far the streams are."""
 WEIGHTS: Mapping[Priority, float] = {Priority.HIGH: 8.0, Priority.NORMAL: 3.0, Priority.LOW: 1.0}
 
@@ -723,8 +723,9 @@ class RateLimitMiddleware:
         for permit in tuple(quota.streams):
             permit.progress(now)
         ledger = quota.ledger
-        if self._predictor.look_ahead and ledger.open_count:
-            ledger.horizon = quota.first_token + ledger.open_output / ledger.open_count / self._predictor.speed(model)
+        ledger.seen_at = now
+        if self._predictor.look_ahead:
+            ledger.lead, ledger.speed = quota.first_token, self._predictor.speed(model)
 
     def _give_back(self, grant: _Grant) -> None:
         grant.quota.settle(grant.reservation, NOTHING, now=self._clock.now())
@@ -1011,6 +1012,7 @@ class _Permit:
         if self._reservation is not None and not stream.settled:
             self._stream = stream
             self.quota.streams.add(self)
+            self.quota.ledger.producing = len(self.quota.streams)
 
     def progress(self, now: float) -> None:
         """Count what has come of the stream so far."""
@@ -1037,6 +1039,7 @@ class _Permit:
         if stream is not None:
             self._stream = None
             quota.streams.discard(self)
+            quota.ledger.producing = len(quota.streams)
             produced = limiter._tokens_in(stream.received)
         actual = charge(
             self._cost,

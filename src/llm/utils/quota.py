@@ -39,6 +39,8 @@ LATE = 3.0
 """Mean deviations above the mean after which a first token is late: its request probably arrived late too."""
 LEARNING = 0.05
 """The weight of a new answer in the mean time to the first token."""
+FIRST_PAUSE = 0.125
+"""Seconds, half of what a quota rests at the least after a refusal; doubled with each in a row."""
 ON_ITS_WAY = 0.2
 """Seconds that output may be under way to us."""
 UNDER_WAY = 1.0
@@ -83,6 +85,7 @@ class Quota:
         "_slow",
         "_spans",
         "_start",
+        "_strikes",
         "_timed",
         "_told",
         "_told_at",
@@ -156,6 +159,8 @@ class Quota:
         """Seconds to the first token of a stream: their mean, and the mean deviation from it."""
         self._timed = 0
         self._refused_at = -inf
+        self._strikes = 0
+        """Refusals without an answer in between."""
 
     def __repr__(self) -> str:
         return f"<Quota {self.name}: {self.ledger!r}, {self.in_flight} under way>"
@@ -259,7 +264,7 @@ class Quota:
                 self._adopt(dimension, state.limit)
                 if state.remaining is not None and self.ledger.limit(dimension) is not None:
                     told = True
-                    self._compare(dimension, number, state.limit - state.remaining, probe, speed, now)
+                    self._compare(dimension, number, state.limit, state.remaining, probe, speed, now)
         if told:
             self._told_at = now
         return told
@@ -290,16 +295,21 @@ class Quota:
         if not self._answered and self._start is not None and sent_at >= self._start.began:
             self._answered = True
             self._start = None
+        if sent_at > self._refused_at:
+            self._strikes = 0
 
     def refused(self, sent_at: float, *, retry_after: float, told: bool, ramp: bool, now: float) -> None:
         """A request that left at *sent_at* was answered with 429, although the books had room for it.
 
         *told*: its headers have explained it (:meth:`observe`). *ramp*: the vendor says that traffic grew too fast.
         """
-        self.paused_until = max(self.paused_until, now + retry_after)
-        self._free = False
         # Those that were under way together are one refusal.
-        if sent_at > self._refused_at:
+        again = sent_at > self._refused_at
+        if again:
+            self._strikes += 1
+        self.paused_until = max(self.paused_until, now + max(retry_after, FIRST_PAUSE * 2.0 ** min(self._strikes, 6)))
+        self._free = False
+        if again:
             self._refused_at = now
             if self._nearly_full(now):
                 self._guard.refused(now)
@@ -350,8 +360,10 @@ class Quota:
     def _tells_apart(self) -> bool:
         return self.ledger.input_limit is not None or self.ledger.output_limit is not None
 
-    def _compare(self, dimension: Dimension, number: int, used: int, probe: Probe, speed: float, now: float) -> None:
-        ledger = self.ledger
+    def _compare(
+        self, dimension: Dimension, number: int, limit: int, remaining: int, probe: Probe, speed: float, now: float
+    ) -> None:
+        ledger, used = self.ledger, limit - remaining
         ledger.expire(now)
         foreign: int = getattr(ledger.foreign, dimension)
         surely = probe.surely[number]
@@ -362,7 +374,9 @@ class Quota:
         if dimension == "output_tokens" or (dimension == "tokens" and ledger.output_counts):
             # What streams have produced and not told yet.
             at_most += int(speed * ledger.open_count * (min(now - self.pulled_at, UNDER_WAY) + ON_ITS_WAY))
-        least, most = ceil(used - tolerance - at_most), max(0, int(used + tolerance - surely))
+        # Nothing left is nothing left, and may be less than that.
+        least = ceil(used - (tolerance if remaining else 0.0) - at_most)
+        most = max(0, int(used + tolerance - surely)) if remaining else foreign
         if foreign < least:
             self._shared_until = now + SHARED_SECONDS
             ledger.add_foreign(dimension, least - foreign, now=now)

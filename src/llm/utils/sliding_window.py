@@ -48,6 +48,14 @@ MIN_COMPACT = 64
 """Withdrawn entries that may lie in the middle of the log before they are swept out."""
 GONE = -inf
 """The expiry of an entry that was withdrawn."""
+OVERBOOKED = 0.03
+"""Of the output limit, by which more may be promised than is free while less than the limit has been produced.
+
+Promises hold a margin against long answers that is mostly given back. Without this, a key on which output and requests
+run out together is used to 98.6 %, with it to 99.2 % (`make quota`, row strict-both); peaks stay at 102 %.
+"""
+ARRIVING = 0.1
+"""Seconds that a request is on its way: what streams produce until then counts before it."""
 FOREIGN_STEPS = 60
 """Steps in which foreign usage expires over a window: nobody tells when it was used, so it goes evenly."""
 
@@ -89,18 +97,21 @@ class Ledger:
         "_window",
         "_withdrawn",
         "foreign",
-        "horizon",
         "input_limit",
         "input_used",
+        "lead",
         "open_count",
         "open_output",
         "open_variance",
         "output_counts",
         "output_limit",
         "output_used",
+        "producing",
         "request_limit",
         "requests_used",
+        "seen_at",
         "span",
+        "speed",
         "token_limit",
         "tokens_used",
         "z",
@@ -129,8 +140,11 @@ class Ledger:
         """Seconds for which an entry counts."""
         self.output_counts = output_counts
         self.z = z
-        self.horizon = 0.0
-        """Seconds from now by which what is open will have been produced; 0 does not look ahead."""
+        self.lead = self.speed = 0.0
+        """Seconds to an answer's first token, and tokens a second from there; a speed of 0 does not look ahead."""
+        self.producing = 0
+        self.seen_at = 0.0
+        """How many answers are known to be streaming, and when they were last asked how far they are."""
         self._grain = grain
         self._output_grain = output_grain
         self._grain_ends = self._output_grain_ends = -inf
@@ -240,11 +254,15 @@ class Ledger:
             need += int(self.z * sqrt(spread))
         if need <= free:
             return True
-        if not self.open_output:
-            return min(need, limit) <= free
-        if self.horizon <= 0.0 or not free:
+        if not self.open_output and min(need, limit) <= free:
+            return True
+        if not self.speed or free <= self.speed * self.producing * (now - self.seen_at + ARRIVING):
+            # What streams have produced since somebody looked may have used it up.
             return False
-        then = now + self.horizon
+        then = now + self.lead + mean / self.speed
+        free += int(limit * OVERBOOKED)
+        if need <= free:
+            return True
         for log in (self._produced, self._foreign):
             for entry in log:
                 if entry.expiry > then:
@@ -327,7 +345,8 @@ class Ledger:
                 self._count_foreign(entry, 1)
         elif change > 0:
             step = self.span / FOREIGN_STEPS
-            first = int(now / step) + 1
+            # Like everything else it counts a guard longer, and half a step, for what rounding to steps may gain.
+            first = int((now + self.guard) / step + 0.5) + 1
             slots = {round(entry.expiry / step): entry for entry in log}
             for number in range(FOREIGN_STEPS):
                 amount = change * (number + 1) // FOREIGN_STEPS - change * number // FOREIGN_STEPS
