@@ -724,7 +724,7 @@ class RateLimitMiddleware:
             permit.progress(now)
         ledger = quota.ledger
         ledger.seen_at = now
-        if self._predictor.look_ahead:
+        if self._predictor.look_ahead and not quota.shared(now):
             ledger.lead, ledger.speed = quota.first_token, self._predictor.speed(model)
 
     def _give_back(self, grant: _Grant) -> None:

@@ -33,6 +33,12 @@ NEARLY_FULL = 0.95
 """Of a limit, from which a refusal is a matter of moments: one request came late, or the window's edge was hit."""
 STALE = 1.0
 """Seconds after which headers say little of a quota that others use as well."""
+EVIDENT = 3.0
+"""How many times the inaccuracy of books and headers a difference must be to show that others use the quota."""
+OTHERS_AHEAD = 30
+"""Part of what others use in a minute that they use until we hear of it: two seconds."""
+UNHEARD_SHARE = 8
+"""The part of a minute's requests that may go without a word of what is left, if nobody else was seen to use it."""
 SHARED_SECONDS = 600.0
 """For how long a quota is taken to be shared, after somebody else was seen to use it."""
 LATE = 3.0
@@ -89,6 +95,9 @@ class Quota:
         "_timed",
         "_told",
         "_told_at",
+        "_unheard",
+        "_unheard_limit",
+        "_waits_for_news",
         "concurrent_limit",
         "first_token",
         "in_flight",
@@ -155,6 +164,10 @@ class Quota:
         self._told_at = -inf
         """When headers last told what is left."""
         self._shared_until = -inf
+        self._unheard = 0
+        """Requests since headers were last looked at, and how many may go when those are old."""
+        self._unheard_limit: float = 1
+        self._waits_for_news = False
         self.first_token = self._deviation = 0.0
         """Seconds to the first token of a stream: their mean, and the mean deviation from it."""
         self._timed = 0
@@ -169,7 +182,7 @@ class Quota:
 
     def reserve(self, cost: Cost, *, now: float, variance: float = 0.0) -> Reservation | None:
         """Take *cost* in every window, or nothing and return None."""
-        if (not self._free or (now < self._shared_until and now > self._told_at + STALE)) and not self._opens(now):
+        if (not self._free or self._unheard >= self._unheard_limit) and not self._opens(now):
             return None
         reservation = self.ledger.reserve(cost, now=now, variance=variance)
         if reservation is None:
@@ -182,6 +195,7 @@ class Quota:
                     reservation.settle(NOTHING, now=now)
                     return None
                 held.also = held = also
+        self._unheard += 1
         if self._start is not None:
             self._start.sent()
         self.in_flight += 1
@@ -218,8 +232,8 @@ class Quota:
     def _opens(self, now: float) -> bool:
         if now < self.paused_until:
             return False
-        if self._answered and now < self._shared_until and now > self._told_at + STALE:
-            self._told_at = now
+        if self._answered and self._unheard >= self._unheard_limit and self._is_stale(now):
+            self._waits_for_news = True
             self._begin(now)
         if self._answered and self.concurrent_limit is None:
             self._free = True
@@ -231,6 +245,19 @@ class Quota:
         if self._start is None:
             self._begin(now)
         return self._start is None or self._start.opens_at() <= now
+
+    def _is_stale(self, now: float) -> bool:
+        """Whether so much has been sent without a word of what is left that the next may be too much."""
+        if now <= self._told_at + STALE or self._told_at == -inf or not self.slow_start:
+            # What is new is still on its way; and who never tells is not waited for.
+            self._unheard = 0
+            return False
+        limit = self.ledger.request_limit
+        if now < self._shared_until:
+            self._unheard_limit = 1
+        else:
+            self._unheard_limit = limit // UNHEARD_SHARE + 1 if limit is not None else inf
+        return self._unheard >= self._unheard_limit
 
     def _begin(self, at: float) -> None:
         self._answered = self._free = False
@@ -244,7 +271,9 @@ class Quota:
     def probe(self, now: float, *, since: float | None = None) -> Probe:
         """Our books at the departure of a request whose headers are to be read; it has left *since*, or just now."""
         if since is None:
-            self.probe_at = now + OBSERVE_EVERY
+            if now < self._told_at + STALE or self._told_at == -inf:
+                # Where news is old, whoever is answered first brings some.
+                self.probe_at = now + OBSERVE_EVERY
             self._tick(now)
         ledger = self.ledger
         ledger.expire(now)
@@ -267,6 +296,11 @@ class Quota:
                     self._compare(dimension, number, state.limit, state.remaining, probe, speed, now)
         if told:
             self._told_at = now
+            self._unheard = 0
+            if self._waits_for_news:
+                self._waits_for_news = False
+                self._answered = True
+                self._start = None
         return told
 
     def began(self, reservation: Reservation, sent_at: float, *, now: float) -> None:
@@ -290,10 +324,15 @@ class Quota:
         """Whether it is known how much may be used: there is no slow start under way."""
         return self._answered
 
+    def shared(self, now: float) -> bool:
+        """Whether somebody else was seen to use the quota lately."""
+        return now < self._shared_until
+
     def accepted(self, sent_at: float) -> None:
         """A request that left at *sent_at* was not refused: a slow start that it was part of is over."""
         if not self._answered and self._start is not None and sent_at >= self._start.began:
             self._answered = True
+            self._waits_for_news = False
             self._start = None
         if sent_at > self._refused_at:
             self._strikes = 0
@@ -320,6 +359,7 @@ class Quota:
             self._apply(now)
             if self.slow_start and not self._nearly_full(now):
                 self._shared_until = now + SHARED_SECONDS
+                self._waits_for_news = False
                 self._begin(self.paused_until)
         # Whatever goes next is to tell how things stand.
         self.probe_at = -inf
@@ -376,11 +416,16 @@ class Quota:
             at_most += int(speed * ledger.open_count * (min(now - self.pulled_at, UNDER_WAY) + ON_ITS_WAY))
         # Nothing left is nothing left, and may be less than that.
         least = ceil(used - (tolerance if remaining else 0.0) - at_most)
-        most = max(0, int(used + tolerance - surely)) if remaining else foreign
-        if foreign < least:
+        most = max(0, int(used + tolerance - surely))
+        if used - EVIDENT * max(1.0, tolerance) > at_most:
             self._shared_until = now + SHARED_SECONDS
+        if now < self._shared_until and least > 0:
+            # Whoever else is there goes on until we hear of it again.
+            least += foreign // OTHERS_AHEAD
+            ledger.speed = 0.0
+        if foreign < least:
             ledger.add_foreign(dimension, least - foreign, now=now)
-        elif foreign > most:
+        elif foreign > most and remaining:
             ledger.add_foreign(dimension, most - foreign, now=now)
 
     def _tick(self, now: float) -> None:
