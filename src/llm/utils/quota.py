@@ -41,7 +41,7 @@ UNHEARD_SHARE = 8
 """The part of a minute's requests that may go without a word of what is left, if nobody else was seen to use it."""
 SHARED_SECONDS = 600.0
 """For how long a quota is taken to be shared, after somebody else was seen to use it."""
-LATE = 3.0
+LATE = 2.0
 """Mean deviations above the mean after which a first token is late: its request probably arrived late too."""
 LEARNING = 0.05
 """The weight of a new answer in the mean time to the first token."""
