@@ -14,6 +14,10 @@ from llm.core.types import Cost, KeyRef, LLMResponse, Message, MessageRole, Opti
 from llm.middleware.base import Call, Lease, PoolKey, Reply
 from llm.middleware.rate_limiter import RateLimitMiddleware
 from llm.testing.clock import FakeClock
+from llm.utils.output_predictor import Expectation, OutputPredictor
+from llm.utils.quota import Quota
+from llm.utils.sliding_window import Ledger
+from llm.utils.tokens import TokenEstimator
 
 WINDOW = 60.0
 GUARD = 0.25
@@ -27,6 +31,7 @@ class FakeKey:
         self.ref = KeyRef("fake", number)
         self.model = model
         self.limits = limits if limits is not None else LimitSettings()
+        self.quota_pool: str | None = None
         self.available_at = 0.0
         self.cause: LLMException | None = None
 
@@ -137,6 +142,39 @@ def answer(input_tokens: int = 0, output_tokens: int = 0) -> LLMResponse:
     return LLMResponse(text="hello yourself", model="m", usage=Usage(input_tokens, output_tokens))
 
 
+def a_quarter_of_the_bytes(request: Request) -> int:
+    return sum(4 + len(message.content.encode()) // 4 for message in request.messages)
+
+
+class Counted(TokenEstimator):
+    """Knows what each request has, and learns nothing: so a test can name what a call takes."""
+
+    def __init__(self, count: Callable[[Request], int]) -> None:
+        super().__init__()
+        self.count = count
+
+    def measure(self, request: Request) -> float:
+        return float(self.count(request))
+
+    def estimate(self, request: Request | float, *, model: str, tag: str = "") -> int:
+        return int(request if isinstance(request, float) else self.measure(request))
+
+    def learn(self, request: Request | float, *, model: str, tag: str = "", actual: int, cached: int = 0) -> None:
+        """What comes changes nothing."""
+
+
+class Guessed(OutputPredictor):
+    """Expects the same of every answer, and learns nothing."""
+
+    def __init__(self, guess: int) -> None:
+        super().__init__("throughput")
+        self.guess = guess
+
+    def expect(self, *, model: str, tag: str = "", max_tokens: int | None = None, produced: int = 0) -> Expectation:
+        whole = self.guess if max_tokens is None else min(self.guess, max_tokens)
+        return Expectation(float(max(0, whole - produced)), 0.0)
+
+
 class Bench:
     """A limiter on a fake clock over a fake pool; calls are held at the provider until a test lets them go."""
 
@@ -153,12 +191,22 @@ class Bench:
         self.events = Events()
         self.told: list[Event] = []
         if cost is not None:
-            options["estimate"] = lambda request: cost
-        self.limiter = RateLimitMiddleware(self.pool, clock=self.clock, events=self.events, **options)
+            options["estimate"] = lambda request: cost.input_tokens
+        options.setdefault("estimator", Counted(options.pop("estimate", a_quarter_of_the_bytes)))
+        options.setdefault("predictor", Guessed(cost.output_tokens if cost is not None else 512))
+        self.limiter = RateLimitMiddleware(self.pool, clock=self.clock, name="fake", events=self.events, **options)
         self.sent: list[tuple[float, int, str]] = []
         """(time, key, call) of everything that left."""
         self.usage = Usage(10, 10)
         """What every answer tells."""
+
+    def quota(self, key: FakeKey | None = None, model: str | None = None) -> Quota:
+        """The books of *key*, else of the first."""
+        key = key if key is not None else self.pool.keys[0]
+        return self.limiter.quota(key, model or key.model or "default")
+
+    def ledger(self, key: FakeKey | None = None, model: str | None = None) -> Ledger:
+        return self.quota(key, model).ledger
 
     def listen(self, *kinds: type[Event]) -> None:
         self.events.listen(self.told.append, *kinds)

@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from llm.core.events import CallAdmitted, CallQueued
 from llm.core.exceptions import (
@@ -25,9 +26,9 @@ from llm.core.exceptions import (
     LLMStreamInterruptedError,
     LLMTimeoutError,
 )
-from llm.core.types import Cost, Message, MessageRole, Options, Request, SettledCallback, Settlement, Usage
+from llm.core.types import Cost, Counting, SettledCallback, Settlement, Usage
 from llm.middleware.base import Call, Reply
-from llm.middleware.rate_limiter import charge, estimate
+from llm.middleware.rate_limiter import charge
 from llm.testing.journal import check_window
 from llm.utils.sliding_window import NOTHING
 
@@ -133,7 +134,7 @@ async def test_an_older_head_that_waits_claims_its_keys() -> None:
     bench = Bench(
         limited(1, None, "a", input_tokens_per_minute=100),
         limited(2, None, "b", input_tokens_per_minute=100),
-        estimate=lambda request: Cost(1, len(request.messages[0].content)),
+        estimate=lambda request: len(request.messages[0].content),
     )
 
     async def exact(call: Call) -> Reply:
@@ -197,7 +198,7 @@ async def test_a_thousand_waiters_have_one_timer_and_cause_no_work_while_they_wa
 async def test_capacity_that_trickles_wakes_at_most_twenty_times_a_second() -> None:
     """1,000 small pieces of input come back in one second, and the head needs all of them."""
     costs = iter([Cost(1, 1)] * 1000 + [Cost(1, 1000)] * 1000)
-    bench = Bench(limited(1, None, input_tokens_per_minute=1000), estimate=lambda request: next(costs))
+    bench = Bench(limited(1, None, input_tokens_per_minute=1000), estimate=lambda request: next(costs).input_tokens)
 
     async def one(call: Call) -> Reply:
         bench.leave(call)
@@ -220,7 +221,7 @@ async def test_capacity_that_trickles_wakes_at_most_twenty_times_a_second() -> N
 
 async def test_the_timer_is_set_again_after_a_wake_up_that_admitted_nobody() -> None:
     costs = iter([Cost(1, 50), Cost(1, 50), Cost(1, 100)])
-    bench = Bench(limited(1, None, input_tokens_per_minute=100), estimate=lambda request: next(costs))
+    bench = Bench(limited(1, None, input_tokens_per_minute=100), estimate=lambda request: next(costs).input_tokens)
 
     async def exact(call: Call) -> Reply:
         bench.leave(call)
@@ -369,7 +370,7 @@ async def test_a_large_call_does_not_keep_small_ones_from_a_key_that_it_cannot_u
     bench = Bench(
         limited(1, 9, input_tokens_per_minute=100),
         limited(2, 9, input_tokens_per_minute=300),
-        estimate=lambda request: sizes[request.messages[0].content],
+        estimate=lambda request: sizes[request.messages[0].content].input_tokens,
     )
     bench.pool.pause(bench.pool.keys[1], 600.0)
     large = bench.start(ask("large", name="large"))
@@ -385,7 +386,7 @@ async def test_a_large_call_whose_only_keys_are_parked_is_told_so_and_blocks_nob
     bench = Bench(
         limited(1, 9, input_tokens_per_minute=100),
         limited(2, 1, input_tokens_per_minute=300),
-        estimate=lambda request: sizes[request.messages[0].content],
+        estimate=lambda request: sizes[request.messages[0].content].input_tokens,
     )
     await bench.fill(0)
     first = bench.start(ask("large"))
@@ -447,7 +448,8 @@ async def test_cancelled_in_the_queue_costs_nothing() -> None:
 async def test_a_cancelled_head_wakes_the_next() -> None:
     sizes = {"large": Cost(1, 100), "small": Cost(1, 10)}
     bench = Bench(
-        limited(1, None, input_tokens_per_minute=100), estimate=lambda request: sizes[request.messages[0].content]
+        limited(1, None, input_tokens_per_minute=100),
+        estimate=lambda request: sizes[request.messages[0].content].input_tokens,
     )
     await bench.limiter(ask("small"), bench.provider)
     large = bench.start(ask("large", name="large"))
@@ -480,7 +482,7 @@ async def test_cancelled_at_any_pass_of_the_loop_around_the_grant_gives_everythi
     await bench.clock.advance(SPAN + 1.0)
     await asyncio.gather(holder, tasks[1])
     await outcome(tasks[0])
-    ledger = bench.limiter.ledger(bench.pool.keys[0])
+    ledger = bench.ledger()
     assert bench.queued == 0
     assert not bench.pool.in_use
     assert ledger.open_output == 0
@@ -501,7 +503,7 @@ async def test_granted_and_cancelled_is_not_reported_to_the_pool_as_a_success() 
     task.cancel()
     await bench.clock.settle()
     assert bench.pool.released[-1][1] is asyncio.CancelledError
-    assert bench.limiter.ledger(bench.pool.keys[0]).requests_used == 0
+    assert bench.ledger().requests_used == 0
 
 
 async def test_cancelled_after_it_was_sent_is_paid_and_frees_the_client() -> None:
@@ -511,7 +513,7 @@ async def test_cancelled_after_it_was_sent_is_paid_and_frees_the_client() -> Non
     await bench.clock.settle()
     task.cancel()
     await outcome(task)
-    ledger = bench.limiter.ledger(bench.pool.keys[0])
+    ledger = bench.ledger()
     assert (ledger.requests_used, ledger.input_used) == (1, 40)
     assert not bench.pool.in_use
 
@@ -559,13 +561,13 @@ def assert_empty(bench: Bench) -> None:
     limiter = bench.limiter
     assert limiter.statistics()["queued"] == 0
     assert not bench.pool.in_use
-    assert not limiter._queues
+    assert not limiter._routes
     assert not limiter._deadlines
     assert not limiter._long_waits._pending
     assert not limiter._longer_waits._pending
     assert limiter._timer is None
     for key in bench.pool.keys:
-        ledger = limiter.ledger(key)
+        ledger = bench.ledger(key)
         ledger.expire(bench.clock.now())
         assert (ledger.requests_used, ledger.input_used, ledger.output_used, ledger.open_output) == (0, 0, 0, 0)
 
@@ -597,7 +599,7 @@ async def test_those_who_were_cancelled_behind_a_living_head_do_not_pile_up() ->
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert len(bench.limiter._deadlines) < 300
-    assert sum(len(queue.waiters) for queue in bench.limiter._queues.values()) < 300
+    assert sum(len(queue.waiters) for queue in bench.limiter._routes.values()) < 300
     head.cancel()
     await bench.clock.settle()
 
@@ -618,13 +620,13 @@ async def test_those_who_were_admitted_long_before_their_deadline_do_not_pile_up
 
 
 def assert_empty_queues(bench: Bench) -> None:
-    assert not bench.limiter._queues
+    assert not bench.limiter._routes
     assert not bench.limiter._deadlines
 
 
 # -- what attempts cost ----------------------------------------------------------------------------------------------
 
-RESERVED = Cost(1, 100, 50)
+RESERVED = Cost(1, 100, 50, 100)
 HALF = Usage(input_tokens=70, output_tokens=20)
 CANCELLED = asyncio.CancelledError()
 
@@ -644,45 +646,51 @@ CANCELLED = asyncio.CancelledError()
         # So are 500, 503 and 529.
         (True, Settlement(error=LLMOverloadedError("", status=529)), Cost(1, 0, 0)),
         (True, Settlement(error=LLMOverloadedError("", status=500)), Cost(1, 0, 0)),
-        # Broken off after it had left: it may have been worked on.
-        (True, Settlement(error=LLMTimeoutError("")), RESERVED),
-        (True, Settlement(error=LLMConnectionError("")), RESERVED),
-        (True, Settlement(error=CANCELLED), RESERVED),
-        (True, Settlement(error=RuntimeError("a bug")), RESERVED),
-        (True, Settlement(error=LLMStreamInterruptedError(""), usage=HALF), Cost(1, 70, 50)),
+        # Broken off after it had left: its input is paid, and what was seen of its output.
+        (True, Settlement(error=LLMTimeoutError("")), Cost(1, 100, 0)),
+        (True, Settlement(error=LLMConnectionError("")), Cost(1, 100, 0)),
+        (True, Settlement(error=CANCELLED), Cost(1, 100, 0)),
+        (True, Settlement(error=RuntimeError("a bug")), Cost(1, 100, 0)),
+        (True, Settlement(error=LLMStreamInterruptedError(""), usage=HALF), Cost(1, 70, 20)),
         (True, Settlement(error=CANCELLED, usage=Usage(0, 80)), Cost(1, 100, 80)),
-        (True, Settlement(error=LLMOverloadedError("", status=529), usage=HALF), Cost(1, 70, 50)),
+        (True, Settlement(error=LLMOverloadedError("", status=529), usage=HALF), Cost(1, 70, 20)),
         # Success: what it really was.
         (True, Settlement(usage=HALF, exact=True), Cost(1, 70, 20)),
         (True, Settlement(usage=Usage(170, 900), exact=True), Cost(1, 170, 900)),
         (True, Settlement(usage=Usage(70, 0), exact=True), Cost(1, 70, 0)),
         # A server that does not count its tokens used them all the same.
-        (True, Settlement(usage=None, exact=True), RESERVED),
-        (True, Settlement(usage=Usage(0, 0), exact=True), RESERVED),
+        (True, Settlement(usage=None, exact=True), Cost(1, 100, 50)),
+        (True, Settlement(usage=Usage(0, 0), exact=True), Cost(1, 100, 50)),
         (True, Settlement(usage=Usage(0, 20), exact=True), Cost(1, 100, 20)),
     ],
 )
 def test_the_refund_table(sent: bool, settlement: Settlement, cost: Cost) -> None:
-    assert charge(RESERVED, settlement, sent=sent) == cost
+    charged = charge(RESERVED, settlement, sent=sent)
+    assert replace(charged, tokens=0) == cost
+    assert charged.tokens == charged.input_tokens, "output counts of the combined tokens as it is produced"
+
+
+def test_what_was_seen_of_a_stream_counts_where_the_vendor_has_told_less() -> None:
+    broken = Settlement(error=LLMStreamInterruptedError(""), usage=HALF)
+    assert charge(RESERVED, broken, sent=True, produced=35) == Cost(1, 70, 35, 70)
+    assert charge(RESERVED, Settlement(error=CANCELLED), sent=True, produced=35) == Cost(1, 100, 35, 100)
+    whole = Settlement(usage=HALF, exact=True)
+    assert charge(RESERVED, whole, sent=True, produced=35) == Cost(1, 70, 20, 70), "in the end the vendor's word counts"
 
 
 @pytest.mark.parametrize(
-    ("text", "max_tokens", "cost"),
+    ("counting", "settlement", "cost"),
     [
-        ("x" * 400, None, Cost(1, 104, 512)),
-        ("x" * 400, 100, Cost(1, 104, 100)),
-        ("x" * 400, 4096, Cost(1, 104, 512)),
-        ("é" * 400, None, Cost(1, 204, 512)),
-        ("", None, Cost(1, 4, 512)),
+        (Counting(rejected=False), Settlement(error=LLMRateLimitError("", status=429)), NOTHING),
+        (Counting(rejected=False), Settlement(error=LLMOverloadedError("", status=529)), Cost(1, 0, 0)),
+        (Counting(cache_reads=False), Settlement(usage=Usage(100, 20, cache_read_tokens=90)), Cost(1, 10, 20, 10)),
+        (Counting(), Settlement(usage=Usage(100, 20, cache_read_tokens=90)), Cost(1, 100, 20, 100)),
+        (Counting(reserve_max=True), Settlement(usage=HALF), Cost(1, 70, 20, 4096)),
+        (Counting(reserve_max=True), Settlement(error=LLMOverloadedError("", status=500)), Cost(1, 0, 0)),
     ],
 )
-def test_the_estimate_is_a_quarter_of_the_bytes_and_four_a_message(
-    text: str, max_tokens: int | None, cost: Cost
-) -> None:
-    messages = (Message(MessageRole.USER, text),)
-    assert estimate(Request(messages, "", Options(max_tokens=max_tokens))) == cost
-    twice = estimate(Request(messages * 2, "", Options(max_tokens=max_tokens)))
-    assert twice.input_tokens == 2 * cost.input_tokens
+def test_vendors_count_differently(counting: Counting, settlement: Settlement, cost: Cost) -> None:
+    assert charge(Cost(1, 100, 50, 4096), settlement, sent=True, counting=counting) == cost
 
 
 async def test_an_answers_usage_corrects_what_was_reserved() -> None:
@@ -693,14 +701,10 @@ async def test_an_answers_usage_corrects_what_was_reserved() -> None:
         return answer(20, 30)
 
     await bench.limiter(ask(name="first"), frugal)
-    usage = bench.limiter.statistics()["keys"]
-    assert usage == {
-        "fake/1": {
-            "requests": {"used": 1, "limit": None},
-            "input_tokens": {"used": 20, "limit": 100},
-            "output_tokens": {"used": 30, "reserved": 0, "limit": 100},
-        }
-    }
+    usage = bench.limiter.statistics()["quotas"]["fake/1"]["default"]
+    assert usage["requests"] == {"used": 1, "foreign": 0, "limit": None}
+    assert usage["input_tokens"] == {"used": 20, "foreign": 0, "limit": 100}
+    assert usage["output_tokens"] == {"used": 30, "foreign": 0, "limit": 100, "reserved": 0}
     await bench.limiter(ask(name="second"), frugal)
     assert bench.clock.now() == 1000.0, "what the first did not use is free at once"
 
@@ -805,7 +809,7 @@ async def test_settling_is_idempotent_also_after_a_renewal_that_failed() -> None
     with pytest.raises(LLMAuthenticationError, match="out of use"):
         await bench.limiter(ask(), handler)
     assert len(bench.pool.released) == 1, "the client was given back once"
-    assert bench.limiter.ledger(bench.pool.keys[0]).requests_used == 1
+    assert bench.ledger().requests_used == 1
 
 
 async def test_a_renewal_that_was_not_settled_before_gives_back_what_it_held() -> None:
@@ -821,7 +825,7 @@ async def test_a_renewal_that_was_not_settled_before_gives_back_what_it_held() -
 
     await bench.limiter(ask(), careless)
     assert not bench.pool.in_use
-    assert bench.limiter.ledger(bench.pool.keys[0]).requests_used == 4, "each attempt pays"
+    assert bench.ledger().requests_used == 4, "each attempt pays"
 
 
 async def test_cancelled_while_it_waits_for_a_renewal_gives_back_nothing_twice() -> None:
@@ -987,7 +991,7 @@ async def test_a_stream_holds_its_client_until_it_has_settled() -> None:
     waiting = bench.start(ask(name="next"))
     await bench.clock.advance(5.0)
     assert bench.order == ["stream"]
-    ledger = bench.limiter.ledger(bench.pool.keys[0])
+    ledger = bench.ledger()
     assert ledger.open_output == 512
     for _ in range(2):
         callbacks[0](Settlement(usage=Usage(7, 70), exact=True))
@@ -1003,7 +1007,7 @@ async def test_many_attempts_that_found_no_client_leave_no_trace_in_the_ledger()
     for _ in range(1000):
         bench.pool.changed()
         await asyncio.sleep(0)
-    ledger = bench.limiter.ledger(bench.pool.keys[0])
+    ledger = bench.ledger()
     assert len(ledger._log) == 1
     for _ in tasks:
         await hold.let_go()

@@ -11,10 +11,10 @@ from llm.middleware.base import Call, Reply
 from .fakes import SPAN, Bench, Hold, answer, ask, limited, outcome
 
 
-def used(bench: Bench) -> object:
-    keys = bench.limiter.statistics()["keys"]
-    assert isinstance(keys, dict)
-    return keys["fake/1"]["requests"]["used"]
+def used(bench: Bench) -> int:
+    ledger = bench.ledger()
+    ledger.expire(bench.clock.now())
+    return ledger.requests_used
 
 
 async def test_it_shows_how_many_wait_for_how_many_keys() -> None:
@@ -22,7 +22,7 @@ async def test_it_shows_how_many_wait_for_how_many_keys() -> None:
     await bench.fill(2)
     task = bench.start(ask("a private matter"))
     await bench.clock.settle()
-    assert repr(bench.limiter) == "<RateLimitMiddleware: 1 queued, 2 keys>"
+    assert repr(bench.limiter) == "<RateLimitMiddleware: 1 queued, 2 quotas>"
     await bench.clock.advance(SPAN)
     await task
 
