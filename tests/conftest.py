@@ -31,6 +31,12 @@ def no_blocking_calls() -> Iterator[BlockBuster]:
         yield blockbuster
 
 
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Puts a sentence below the results; what a test prints itself is lost when it runs in a worker."""
+    return lambda sentence: record_property("told", sentence)
+
+
 def allowed_skips(text: str) -> dict[str, str]:
     """Read allowed_skips.txt: test identifiers and the reason why each may be skipped."""
     allowed = {}
@@ -74,6 +80,21 @@ class SkipWatch:
                 terminalreporter.write_line(f"skipped: {test} ({self.allowed[test.partition('[')[0]]})")
 
 
+class Told:
+    """Shows at the end what the tests had to tell."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.sentences += [str(value) for name, value in report.user_properties if name == "told"]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for sentence in self.sentences:
+            terminalreporter.write_line(sentence)
+
+
 class OtherLoop:
     """Runs every coroutine test on another kind of event loop; `asyncio.run` in a test keeps the standard one."""
 
@@ -103,3 +124,4 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OtherLoop("uvloop", uvloop.new_event_loop), "other-loop")
     allowed = allowed_skips((HERE / "allowed_skips.txt").read_text(encoding="utf-8"))
     config.pluginmanager.register(SkipWatch(allowed), "skip-watch")
+    config.pluginmanager.register(Told(), "told")

@@ -8,6 +8,7 @@ served, so every key is saturated from the first moment to the last.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -72,13 +73,12 @@ def refused(journal: list[Arrival]) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_three_keys_of_fifty_are_full_and_never_overfull(capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_keys_of_fifty_are_full_and_never_overfull(tell: Callable[[str], None]) -> None:
     """1,200 calls at once, 150 s, windows of 25 s: six windows of 150 fit, and are used."""
     journal = journal_of(limit=50, window=25.0, seconds=150.0, calls=1200)
 
     peaks = [peak(journal, key, 25.0, rejected=True) for key in KEYS]
-    with capsys.disabled():
-        print(f"\n{len(journal)} of 900 requests, at most {peaks} in any window, {refused(journal)} refused")
+    tell(f"{len(journal)} of 900 requests, at most {peaks} in any window, {refused(journal)} refused")
     assert overfull(journal, 50, 25.0) == 0
     assert refused(journal) == 0
     assert len(journal) >= 0.98 * 900
