@@ -10,6 +10,9 @@ PYTHON ?=
 # Which one `make test-python` adds.
 VERSION ?= 3.13
 BIN := .venv/bin
+# How many processes share the tests, file by file, beginning with those that mostly wait (tests/conftest.py).
+WORKERS ?= 2
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Only what is there: examples and benches are checked as soon as they exist.
 CODE := $(wildcard src tests examples bench fuzz)
 TYPED := $(wildcard src/llm tests examples bench fuzz)
@@ -22,9 +25,14 @@ help:  ## say what there is to make
 demo: setup  ## the tour: every feature, against a simulator if no API key is in the environment
 	@$(BIN)/python examples/llm_usage.py
 
-# Everything is run and everything is told, also after a failure.
+# Everything is run and everything is told, also after a failure. Types are checked while the first tests wait, and told
+# of at the end.
 test: setup  ## all that must hold: style, types, layers, tests
-	@$(MAKE) --no-print-directory --keep-going style types layers unit
+	@types=$$(mktemp); trap 'rm -f "$$types"' EXIT; trap 'exit 130' INT; failed=0; \
+	$(MAKE) --no-print-directory types >"$$types" 2>&1 & checking=$$!; \
+	$(MAKE) --no-print-directory --keep-going style layers unit || failed=1; \
+	wait $$checking || failed=1; \
+	cat "$$types"; exit $$failed
 
 lint: style types layers  ## all but the tests
 
@@ -39,9 +47,10 @@ layers: setup
 	PYTHONPATH=src $(BIN)/lint-imports --no-logo --no-cache
 
 unit: setup  ## the tests alone
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
-# uvloop sleeps where no signal wakes Python, hence the other way of ending what hangs.
+# uvloop sleeps where no signal wakes Python, hence the other way of ending what hangs. In one process, because a worker
+# that is ended like that cannot tell the stacks.
 test-uvloop: setup  ## the tests on uvloop in place of the standard event loop
 	$(BIN)/python -m pytest --again --loop uvloop --timeout-method thread
 

@@ -10,8 +10,8 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
 HERE = Path(__file__).parent
-ONCE = {"test_examples.py", "test_house.py", "test_soak.py", "test_strict_window.py"}
-"""They take half of the time, mostly by waiting, and start processes or loops of their own."""
+ONCE = ("test_soak.py", "test_strict_window.py", "test_examples.py", "test_house.py", "test_quota_judge.py")
+"""They take half of the time, mostly by waiting, and start processes or loops of their own. The longest is first."""
 
 # No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be repeatable.
 hypothesis.settings.register_profile("local", deadline=None)
@@ -29,6 +29,12 @@ def no_blocking_calls() -> Iterator[BlockBuster]:
     """
     with blockbuster_ctx() as blockbuster:
         yield blockbuster
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Puts a sentence below the results; what a test prints itself is lost when it runs in a worker."""
+    return lambda sentence: record_property("told", sentence)
 
 
 def allowed_skips(text: str) -> dict[str, str]:
@@ -74,6 +80,21 @@ class SkipWatch:
                 terminalreporter.write_line(f"skipped: {test} ({self.allowed[test.partition('[')[0]]})")
 
 
+class Told:
+    """Shows at the end what the tests had to tell."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.sentences += [str(value) for name, value in report.user_properties if name == "told"]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for sentence in self.sentences:
+            terminalreporter.write_line(sentence)
+
+
 class OtherLoop:
     """Runs every coroutine test on another kind of event loop; `asyncio.run` in a test keeps the standard one."""
 
@@ -96,6 +117,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("--again") and collection_path.name in ONCE else None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several workers begin with what takes longest: the others fill the time, and none is left alone at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: ONCE.index(item.path.name) if item.path.name in ONCE else len(ONCE))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--loop") == "uvloop":
         import uvloop
@@ -103,3 +130,4 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OtherLoop("uvloop", uvloop.new_event_loop), "other-loop")
     allowed = allowed_skips((HERE / "allowed_skips.txt").read_text(encoding="utf-8"))
     config.pluginmanager.register(SkipWatch(allowed), "skip-watch")
+    config.pluginmanager.register(Told(), "told")

@@ -244,14 +244,13 @@ async def test_a_call_given_up_at_any_point_leaves_nothing_and_pays_by_the_refun
             assert steps.struck, steps
 
 
-async def test_the_points_at_which_calls_are_given_up_are_many(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_points_at_which_calls_are_given_up_are_many(tell: Callable[[str], None]) -> None:
     points = []
     for scenario in SCENARIOS:
         steps = Steps()
         await run_scenario(scenario, steps)
         points.append(steps.waits)
-    with capsys.disabled():
-        print(f"\ncancelled at {sum(points)} points of {len(points)} kinds of calls, each in {len(MOMENTS)} ways")
+    tell(f"cancelled at {sum(points)} points of {len(points)} kinds of calls, each in {len(MOMENTS)} ways")
     assert sum(points) >= 60
 
 

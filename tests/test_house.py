@@ -291,14 +291,14 @@ def test_skipped(n):
 """
 
 
-def planted(tmp_path: Path, tests: str, allowed: str = "") -> subprocess.CompletedProcess[str]:
+def planted(tmp_path: Path, tests: str, *options: str, allowed: str = "") -> subprocess.CompletedProcess[str]:
     """Run *tests* in a folder of their own, under this project's conftest.py and settings."""
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests").mkdir(exist_ok=True)
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "tests" / "allowed_skips.txt").write_text(allowed, encoding="utf-8")
     (tmp_path / "tests" / "test_planted.py").write_text(tests, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
 
@@ -315,9 +315,60 @@ def test_a_skip_passes_only_with_a_reason_in_the_list(tmp_path: Path) -> None:
         ("without-reason", "tests/test_planted.py::test_skipped", 4),
     ]:
         (tmp_path / name).mkdir()
-        done = planted(tmp_path / name, INNOCENT_TESTS, allowed)
+        done = planted(tmp_path / name, INNOCENT_TESTS, allowed=allowed)
         assert done.returncode == code, done.stdout + done.stderr
         if code == 1:
             assert "not in allowed_skips.txt: tests/test_planted.py::test_skipped[1]" in done.stdout
         if code == 0:
             assert "test_skipped[2] (there is no such machine here)" in done.stdout
+
+
+IN_A_WORKER = """
+import asyncio
+import pytest
+
+def test_tells(tell):
+    tell("a figure")
+
+async def test_loop():
+    assert type(asyncio.get_running_loop()).__module__ == "uvloop"
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_skipped(n):
+    pytest.skip("because")
+"""
+SKIPPED_FILE = """
+import pytest
+
+pytest.skip("because", allow_module_level=True)
+"""
+HANGING_TEST = """
+import threading
+import pytest
+
+@pytest.mark.timeout(1)
+def test_hangs():
+    threading.Event().wait()
+"""
+# As the makefile has it, but for one worker instead of two: what crosses from one process to another is the same.
+WORKER = ("-n", "1", "--dist", "loadfile", "--no-loadscope-reorder", "--max-worker-restart", "0")
+
+
+def test_what_a_worker_skips_and_tells_is_noticed_as_well(tmp_path: Path) -> None:
+    """A skipped test, a skipped file, a figure, and which loop was asked for."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_file.py").write_text(SKIPPED_FILE, encoding="utf-8")
+    done = planted(tmp_path, IN_A_WORKER, *WORKER, "--loop", "uvloop")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not in allowed_skips.txt: tests/test_planted.py::test_skipped[2]" in done.stdout
+    assert "not in allowed_skips.txt: tests/test_file.py" in done.stdout
+    assert "a figure" in done.stdout.splitlines()
+    assert "2 passed, 3 skipped" in done.stdout.splitlines()[-1]
+
+
+def test_what_hangs_in_a_worker_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    """By the way that works on uvloop, too: the worker is gone, and is not started again to hang once more."""
+    done = planted(tmp_path, HANGING_TEST, *WORKER, "--timeout-method", "thread")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "test_planted.py::test_hangs" in done.stdout
+    assert "1 failed" in done.stdout.splitlines()[-1]

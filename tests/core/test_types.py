@@ -253,25 +253,31 @@ async def use(manager: LLMManager) -> None:
 """
 
 
-def mypy(code: str, folder: Path) -> tuple[int, list[str]]:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's own may be locked: `make test` checks the types while the tests run."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+def mypy(code: str, folder: Path, cache: Path) -> tuple[int, list[str]]:
     (folder / "snippet.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), "snippet.py"],
         cwd=folder,
-        env={"MYPYPATH": str(ROOT / "src"), "MYPY_CACHE_DIR": str(ROOT / ".mypy_cache"), "PATH": ""},
+        env={"MYPYPATH": str(ROOT / "src"), "MYPY_CACHE_DIR": str(cache), "PATH": ""},
         capture_output=True,
         text=True,
     )
     return done.returncode, [line for line in done.stdout.splitlines() if line.startswith("snippet.py")]
 
 
-def test_a_type_checker_knows_what_calls_take_and_give(tmp_path: Path) -> None:
-    code, said = mypy(GOOD, tmp_path)
+def test_a_type_checker_knows_what_calls_take_and_give(tmp_path: Path, cache: Path) -> None:
+    code, said = mypy(GOOD, tmp_path, cache)
     assert (code, said) == (0, [])
 
 
-def test_a_type_checker_refuses_a_misspelt_option_and_a_wrong_value(tmp_path: Path) -> None:
-    code, said = mypy(BAD, tmp_path)
+def test_a_type_checker_refuses_a_misspelt_option_and_a_wrong_value(tmp_path: Path, cache: Path) -> None:
+    code, said = mypy(BAD, tmp_path, cache)
     lines = {int(line.split(":")[1]) for line in said if ": error:" in line}
     wanted = {number for number, line in enumerate(BAD.splitlines(), start=1) if "# " in line}
     assert (code, lines) == (1, wanted)

@@ -345,6 +345,8 @@ async def test_a_response_can_be_closed_from_another_thread() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+# Whoever runs the tests in several processes has a thread in each of them that listens to the others.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_starts_afresh_and_leaves_the_parents_connections_alone() -> None:
     transport = http()
 

@@ -70,3 +70,12 @@ def test_a_message_has_an_end(value: object) -> None:
 def test_a_page_of_a_megabyte_is_read_at_its_beginning() -> None:
     assert read_error_body(b"<" * 1_000_000).message
     assert read_error_body(b"<html>" + b" " * 1_000_000 + b"<title>late</title>").message == ""
+
+
+@pytest.mark.parametrize("value", ["a\r\nb", ["a\x1b[31mb"], {"loc": ["a\u2028"], "msg": "b"}, {"message": "a\x9bb"}])
+def test_a_servers_words_neither_begin_a_line_nor_command_a_terminal(value: object) -> None:
+    body = msgspec.json.encode({"error": {"message": value, "type": "t\nu", "code": "c\x07d"}, "request_id": "r\ns"})
+    found = read_error_body(body)
+    assert all(word.isprintable() for word in (found.message, found.type, found.code, found.request_id or ""))
+    assert found.message.startswith("a")
+    assert read_error_body(b"plain\x1b[2J words").message == "plain [2J words"

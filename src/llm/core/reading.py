@@ -135,7 +135,10 @@ class Node:
             self.reading.left = 0
             return None
         if isinstance(self.value, Mapping):
-            return {key: child.tree(depth + 1) for key, child in self.mapping().items()}
+            children = self.mapping()
+            if not all(map(_encodable, children)):
+                self.wrong("a key holds half of a surrogate pair, which JSON cannot carry: correct the text")
+            return {key: child.tree(depth + 1) for key, child in children.items()}
         if is_list(self.value):
             return [child.tree(depth + 1) for child in self.each()]
         return self.leaf(_plain, None)
@@ -236,5 +239,15 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, str):
+        if not _encodable(value):
+            raise Wrong("holds half of a surrogate pair, which JSON cannot carry: correct the text")
         return str(value)
     raise Wrong(f"expected what JSON can say, got {kind(value)}")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

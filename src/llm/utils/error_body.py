@@ -16,6 +16,8 @@ UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _TITLE: Final = re.compile(rb"<(title|h1)[^>]{0,200}>([^<]{1,500})", re.IGNORECASE)
 _TAG: Final = re.compile(r"<[^>]{0,500}>")
+# A server's words go into logs: they may neither begin a line there nor command somebody's terminal.
+_UNPRINTABLE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -68,7 +70,7 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return ""
     if isinstance(value, (str, int, float)):
-        return str(value)[:MAX_MESSAGE]
+        return _UNPRINTABLE.sub(" ", str(value)[:MAX_MESSAGE])
     if isinstance(value, list):
         return "; ".join(_text(item) for item in value[:20])[:MAX_MESSAGE]
     # An object is all that is left.
@@ -76,7 +78,7 @@ def _text(value: Any) -> str:
     where = value.get("loc")
     if isinstance(words, str):
         place = ".".join(str(part) for part in where[:20]) + ": " if isinstance(where, list) else ""
-        return (place + words)[:MAX_MESSAGE]
+        return _UNPRINTABLE.sub(" ", (place + words)[:MAX_MESSAGE])
     return _text(words)
 
 
@@ -85,4 +87,4 @@ def _plain(body: bytes) -> str:
     head = body[:MAX_BODY]
     title = _TITLE.search(head)
     text = (title[2] if title else head[:MAX_MESSAGE]).decode("utf-8", "replace")
-    return " ".join(_TAG.sub(" ", text).split())[:MAX_MESSAGE]
+    return " ".join(_UNPRINTABLE.sub(" ", _TAG.sub(" ", text)).split())[:MAX_MESSAGE]
