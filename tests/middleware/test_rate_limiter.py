@@ -28,7 +28,7 @@ from llm.core.exceptions import (
 )
 from llm.core.types import Cost, Counting, SettledCallback, Settlement, Usage
 from llm.middleware.base import Call, Reply
-from llm.middleware.rate_limiter import charge
+from llm.middleware.rate_limiter import OVERTAKERS, charge
 from llm.testing.journal import check_window
 from llm.utils.sliding_window import NOTHING
 
@@ -212,7 +212,7 @@ async def test_capacity_that_trickles_wakes_at_most_twenty_times_a_second() -> N
     before = bench.pool.looked_at
     assert len(bench.sent) == 1000
     await bench.clock.advance(1.1)
-    assert 15 <= bench.pool.looked_at - before <= 25, "each wake-up looks at the head and at nobody else"
+    assert 4 <= bench.pool.looked_at - before <= 8, "each wake-up looks at the head and at nobody else"
     assert len(bench.sent) == 1001
     for task in tasks:
         task.cancel()
@@ -453,6 +453,9 @@ async def test_a_cancelled_head_wakes_the_next() -> None:
     )
     await bench.limiter(ask("small"), bench.provider)
     large = bench.start(ask("large", name="large"))
+    await bench.clock.settle()
+    # Nobody may overtake it any more.
+    next(iter(bench.limiter._routes.values())).arrived[0].overtaken = OVERTAKERS
     small = bench.start(ask("small", name="small"))
     await bench.clock.settle()
     assert not small.done()
@@ -599,7 +602,7 @@ async def test_those_who_were_cancelled_behind_a_living_head_do_not_pile_up() ->
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     assert len(bench.limiter._deadlines) < 300
-    assert sum(len(queue.waiters) for queue in bench.limiter._routes.values()) < 300
+    assert sum(len(line.waiters) for route in bench.limiter._routes.values() for line in route.lines.values()) < 300
     head.cancel()
     await bench.clock.settle()
 
@@ -701,7 +704,7 @@ async def test_an_answers_usage_corrects_what_was_reserved() -> None:
         return answer(20, 30)
 
     await bench.limiter(ask(name="first"), frugal)
-    usage = bench.limiter.statistics()["quotas"]["fake/1"]["default"]
+    usage = bench.limiter.statistics()["quotas"]["fake/1"]["*"]
     assert usage["requests"] == {"used": 1, "foreign": 0, "limit": None}
     assert usage["input_tokens"] == {"used": 20, "foreign": 0, "limit": 100}
     assert usage["output_tokens"] == {"used": 30, "foreign": 0, "limit": 100, "reserved": 0}
@@ -980,6 +983,10 @@ async def test_a_stream_holds_its_client_until_it_has_settled() -> None:
     callbacks: list[SettledCallback] = []
 
     class Stream:
+        settled = False
+        received = 0
+        usage = None
+
         def on_settled(self, callback: SettledCallback) -> None:
             callbacks.append(callback)
 

@@ -230,6 +230,7 @@ async def test_admission_can_be_the_users_own() -> None:
     class Permit:
         key = KeyRef("vendor", 2)
         model = "chosen"
+        wants_limits = False
 
         def sent(self) -> None: ...
 

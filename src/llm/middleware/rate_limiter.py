@@ -118,6 +118,11 @@ def charge(
 _COUNTS_ALL = Counting()
 
 
+def _together(model: str) -> str:
+    """All models share one limit."""
+    return "*"
+
+
 class Need(msgspec.Struct, frozen=True, gc=False):
     """What a call needs, apart from the model that will answer it."""
 
@@ -152,7 +157,7 @@ class RateLimitMiddleware:
         max_queue: int | None = None,
         weights: Mapping[Priority, float] = WEIGHTS,
         counting: Counting = _COUNTS_ALL,
-        group: Callable[[str], str] = str,
+        group: Callable[[str], str] = _together,
         slow_start: bool = False,
         estimator: TokenEstimator | None = None,
         predictor: OutputPredictor | None = None,
@@ -229,7 +234,7 @@ class RateLimitMiddleware:
             quota = self._quotas.get((pool, group))
             if quota is None:
                 quota = self._quotas[pool, group] = Quota(
-                    f"{pool} {group}" if group else pool,
+                    f"{pool} {group}",
                     key.limits if self._enabled else _UNLIMITED,
                     counting=self._counting,
                     guard=self._guard,
@@ -297,7 +302,7 @@ class RateLimitMiddleware:
         """Fail whoever waits and whoever still comes, and let go of every timer."""
         self._closed = True
         for route in self._routes.values():
-            for waiter in route.arrived:
+            for waiter in tuple(route.arrived):
                 if waiter.alive:
                     self._finish(waiter, _closed(waiter.provider))
         self._tidy()
@@ -437,14 +442,9 @@ class RateLimitMiddleware:
         opens = min(max(key.available_at, self.quota(key, self._model(model, key)).paused_until) - now for key in keys)
         return max(wait, opens)
 
-    def _hopeless(
-        self, model: str | None, deadline: float, wait: float, provider: str, now: float
-    ) -> LLMDeadlineExceededError | None:
-        """The error of a call whose deadline will have passed before it can be admitted."""
-        if now + wait < deadline:
-            return None
+    def _hopeless(self, provider: str, model: str | None, *, within: float, wait: float) -> LLMDeadlineExceededError:
         return LLMDeadlineExceededError(
-            f"the deadline in {max(0.0, deadline - now):.1f} s cannot be met: capacity returns in {wait:.1f} s",
+            f"the deadline in {max(0.0, within):.1f} s cannot be met: capacity returns in {wait:.1f} s",
             provider=provider,
             model=model,
             retry_after=wait,
@@ -488,9 +488,8 @@ class RateLimitMiddleware:
         flow = self._fairness.flow(options.priority, options.tenant)
         if call.deadline is not None:
             wait = self._time_until(call.model, flow, ticket, keys, need, now)
-            hopeless = self._hopeless(call.model, call.deadline, wait, call.provider, now)
-            if hopeless is not None:
-                raise hopeless
+            if now + wait >= call.deadline:
+                raise self._hopeless(call.provider, call.model, within=call.deadline - now, wait=wait)
         if self._max_queue is not None and self._waiting >= self._max_queue:
             self._make_room(call, options.priority)
         route = self._routes.get(keys)
@@ -843,9 +842,11 @@ class RateLimitMiddleware:
                     wait = self._time_until(
                         waiter.model, waiter.flow, waiter.ticket, waiter.route.keys, waiter.need, now
                     )
-                    hopeless = self._hopeless(waiter.model, deadline, wait, waiter.provider, now)
-                    if hopeless is not None:
-                        self._finish(waiter, hopeless)
+                    # Keys that are out of use for good have a better reason.
+                    if deadline <= now + wait < inf:
+                        error = self._hopeless(waiter.provider, waiter.model, within=deadline - now, wait=wait)
+                        self._finish(waiter, error)
+                        del error
 
     def _fail_the_starved(self, route: _Route, now: float) -> bool:
         """Fail those who have waited for nothing but a client for too long; say whether there were any."""

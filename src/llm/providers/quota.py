@@ -13,6 +13,8 @@ from ..core.types import Counting
 from ..utils.header_values import go_duration, http_date, rfc3339, whole_number
 from .catalog import Vendor
 
+EVERY = "*"
+"""The group of all models."""
 _LARGEST = 10**15
 """Above it a limit is none, and arithmetic with floats would go wrong."""
 
@@ -21,6 +23,7 @@ class Groups(dict[str, str]):
     """The group of each model, learnt when it is first looked up.
 
     What is configured comes first, then what is known of the vendor; a model of which neither speaks is its own group.
+    Under another address than the vendor's all models are one.
     """
 
     __slots__ = ("_settings", "_vendor")
@@ -33,8 +36,8 @@ class Groups(dict[str, str]):
     def __missing__(self, model: str) -> str:
         group = self._settings.group(model)
         if group is None:
-            # Of what stands behind another address nothing is known.
-            group = model if self._settings.custom else self._vendor.group(model)
+            # Of what stands behind another address nothing is known: the key's limits are taken to be for all it does.
+            group = EVERY if self._settings.custom else self._vendor.group(model)
         if len(self) >= 256:
             # Names may come from the application's own users.
             self.clear()
