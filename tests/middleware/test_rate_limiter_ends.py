@@ -70,7 +70,7 @@ async def test_started_afresh_nobody_waits_and_what_was_used_stays_used() -> Non
     flying = bench.start(ask(name="flying"), hold)
     waiting = [bench.start(ask(name="old", deadline=1e6)) for _ in range(3)]
     await bench.clock.settle()
-    assert repr(bench.limiter) == "<RateLimitMiddleware: 3 queued, 1 keys>"
+    assert repr(bench.limiter) == "<RateLimitMiddleware: 3 queued, 1 quotas>"
     bench.limiter.start_afresh()
     assert bench.queued == 0
     assert bench.clock.timers == 0

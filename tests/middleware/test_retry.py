@@ -365,7 +365,7 @@ async def test_what_a_failed_attempt_told_of_its_usage_is_paid() -> None:
     task = stack.begin(ask())
     await stack.clock.advance(2.0)
     await task
-    assert stack.limiter.ledger(stack.pool.keys[0]).input_used == 700 + 10
+    assert stack.ledger().input_used == 700 + 10
 
 
 async def test_an_attempt_that_never_left_costs_nothing_however_often_it_is_repeated() -> None:
@@ -380,7 +380,7 @@ async def test_an_attempt_that_never_left_costs_nothing_however_often_it_is_repe
     task = asyncio.get_running_loop().create_task(_run(compose([stack.limiter, stack.retry], unreachable), ask()))
     await stack.clock.advance(59.0 * 8)
     await task
-    assert stack.limiter.ledger(stack.pool.keys[0]).requests_used == 1
+    assert stack.ledger().requests_used == 1
 
 
 # -- without a limiter ------------------------------------------------------------------------------------------------

@@ -1050,21 +1050,27 @@ class _Permit:
             counting=limiter._counting,
         )
         until = None
+        sent_at = self._sent_at
         if error is None:
             if settlement.usage is not None:
                 limiter._learn(self, settlement.usage, stream, now)
-            if not quota.open and self._sent_at is not None:
-                quota.accepted(self._sent_at)
-        elif self._sent_at is not None:
-            if isinstance(error, LLMRateLimitError) and error.retryable:
-                quota.refused(
-                    self._sent_at,
-                    retry_after=error.retry_after or 0.0,
-                    told=self._told,
-                    ramp=error.code in RAMP_CODES,
-                    now=now,
-                )
-            elif not isinstance(error, LLMException) or error.status is None:
+            if not quota.open and sent_at is not None:
+                quota.accepted(sent_at)
+        elif sent_at is not None:
+            status = error.status if isinstance(error, LLMException) else None
+            if status == 429:
+                if isinstance(error, LLMRateLimitError) and error.retryable:
+                    quota.refused(
+                        sent_at,
+                        retry_after=error.retry_after or 0.0,
+                        told=self._told,
+                        ramp=error.code in RAMP_CODES,
+                        now=now,
+                    )
+            elif status is not None:
+                # Whatever was wrong, it was not the quota.
+                quota.accepted(sent_at)
+            else:
                 # Given up or broken off: the vendor may go on with it for a while.
                 until = now + reservation.mean / limiter._predictor.speed(self.model)
         quota.settle(reservation, actual, now=now, until=until)
