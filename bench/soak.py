@@ -175,6 +175,8 @@ class Book:
     def __init__(self) -> None:
         self.number = 0
         self.attempts = bytearray()
+        self.failed: dict[int, str] = {}
+        """How those ended that were written and had no byte of an answer: a few in a hundred."""
 
     def next(self) -> int:
         self.number += 1
@@ -203,8 +205,10 @@ class Witness:
         except asyncio.CancelledError:
             outcome = 0 if exchange.started else CALLER_LEFT
             raise
-        except LLMException:
+        except LLMException as error:
             outcome = LOST if exchange.reused and not exchange.started else 0
+            if exchange.written and not exchange.started:
+                self._book.failed[number] = f"unseen, {type(error).__name__}"
             raise
         finally:
             if exchange.written and not (number == 30 and "request" in self._plants):
@@ -390,14 +394,15 @@ async def measure(url: str, options: argparse.Namespace, requests: int, book: Bo
     return report
 
 
-def compare(attempts: bytearray, seen: bytes) -> dict[str, int]:
-    """The client's book beside the server's."""
+def compare(book: Book, seen: bytes) -> dict[str, int]:
+    """The client's book beside the server's; of those that the server has not seen also how they ended."""
+    attempts = book.attempts
     width = max(len(attempts), len(seen))
     pairs = zip(attempts.ljust(width, b"\0"), seen.ljust(width, b"\0"), strict=True)
     found: Counter[str] = Counter(
         dict.fromkeys(["written", "received", "uncounted", "twice", "unseen", "unseen, caller left", "unseen, lost"], 0)
     )
-    for outcome, times in pairs:
+    for number, (outcome, times) in enumerate(pairs):
         found["written"] += bool(outcome & WRITTEN)
         found["received"] += times
         found["uncounted"] += bool(times) and not outcome & WRITTEN
@@ -406,6 +411,7 @@ def compare(attempts: bytearray, seen: bytes) -> dict[str, int]:
             found[
                 "unseen, caller left" if outcome & CALLER_LEFT else "unseen, lost" if outcome & LOST else "unseen"
             ] += 1
+            found[book.failed.get(number, "unseen, otherwise")] += 1
     return dict(found)
 
 
@@ -454,7 +460,7 @@ def soak(options: argparse.Namespace) -> int:
         report = asyncio.run(measure(server.url, options, requests, book))
     finally:
         tally = server.finish()
-    report["requests"] = compare(book.attempts, tally["seen"]) | tally["count"]
+    report["requests"] = compare(book, tally["seen"]) | tally["count"]
     report["faults"] = dict(sorted(tally["faults"].items()))
     wrong = violations(report, growth=options.growth)
     show(report, wrong)
