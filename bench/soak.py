@@ -175,13 +175,20 @@ class Book:
     def __init__(self) -> None:
         self.number = 0
         self.attempts = bytearray()
-        self.failed: dict[int, str] = {}
-        """How those ended that were written and had no byte of an answer: a few in a hundred."""
+        self.ends = bytearray()
+        self.endings: list[str] = []
+        """How they ended: for each a byte that says where it stands in the list."""
 
     def next(self) -> int:
         self.number += 1
         grow(self.attempts, self.number)
+        grow(self.ends, self.number)
         return self.number
+
+    def ended(self, number: int, ending: str) -> None:
+        if ending not in self.endings:
+            self.endings.append(ending)
+        self.ends[number] = self.endings.index(ending)
 
 
 class Witness:
@@ -200,17 +207,22 @@ class Witness:
             raise ZeroDivisionError("planted")
         headers = {**request.headers, HEADER: str(number)}
         outcome = 0
+        ending = "otherwise"
         try:
-            return await self._inner.send(HTTPRequest(request.method, request.url, headers, request.body), exchange)
+            response = await self._inner.send(HTTPRequest(request.method, request.url, headers, request.body), exchange)
+            ending = f"answered {response.status}"
+            return response
         except asyncio.CancelledError:
             outcome = 0 if exchange.started else CALLER_LEFT
+            ending = "cancelled"
             raise
         except LLMException as error:
             outcome = LOST if exchange.reused and not exchange.started else 0
-            if exchange.written and not exchange.started:
-                self._book.failed[number] = f"unseen, {type(error).__name__}"
+            ending = type(error).__name__
             raise
         finally:
+            began = "an answer had begun" if exchange.started else "no answer"
+            self._book.ended(number, f"{ending}, {began}, {'kept' if exchange.reused else 'fresh'} connection")
             if exchange.written and not (number == 30 and "request" in self._plants):
                 self._book.attempts[number] = WRITTEN | outcome
 
@@ -411,7 +423,7 @@ def compare(book: Book, seen: bytes) -> dict[str, int]:
             found[
                 "unseen, caller left" if outcome & CALLER_LEFT else "unseen, lost" if outcome & LOST else "unseen"
             ] += 1
-            found[book.failed.get(number, "unseen, otherwise")] += 1
+            found[f"unseen: {book.endings[book.ends[number]]}"] += 1
     return dict(found)
 
 
