@@ -60,6 +60,7 @@ def environment(peer: Peer) -> dict[str, str]:
     kept.pop("PYTHONPATH", None)
     if peer.package is None:
         kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path and path != str(HERE))
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
     # LiteLLM would fetch its table of prices from the network when it is imported.
     return kept | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "127.0.0.1"}
 
@@ -123,6 +124,7 @@ class Worker:
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment(self.peer))
             return float(done.stdout.split()[-1]) * 1e3
 
+        cost(self.peer.needs)  # writes the byte code, if there is none yet
         return statistics.median(cost(f"asyncio, {self.peer.needs}") - cost("asyncio") for _ in range(times))
 
     def close(self) -> None:

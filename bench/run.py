@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -226,9 +226,12 @@ def imports(rounds: int = 15) -> dict[str, float]:
 
     def cost(statement: str) -> float:
         code = f"import time; t = time.process_time(); {statement}; print(time.process_time() - t)"
-        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRON)
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environ)
         return float(output.stdout) * 1e3
 
+    # Where byte code may not be written, the time of compiling would be measured.
+    environ = {name: value for name, value in ENVIRON.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    cost("import brimful")
     pairs = [(cost("import asyncio, msgspec"), cost("import asyncio, msgspec, brimful")) for _ in range(rounds)]
     return {
         "asyncio_msgspec_ms": round(statistics.median(base for base, _ in pairs), 1),
@@ -319,16 +322,20 @@ async def waiting(base: CannedServer) -> dict[str, Any]:
 ENVIRON = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-async def measure(rounds: int) -> dict[str, Any]:
+SECTIONS: dict[str, Callable[[CannedServer, int], Awaitable[dict[str, Any]]]] = {
+    "function_calls": lambda base, _: function_calls(base),
+    "whole": whole,
+    "layers": layers,
+    "streamed": streamed,
+    "waiting": lambda base, _: waiting(base),
+}
+
+
+async def measure(rounds: int, chosen: Collection[str]) -> dict[str, Any]:
+    machine = {"python": platform.python_version(), "aiohttp": aiohttp.__version__, "cores": os.cpu_count()}
     with CannedServer() as base:
-        return {
-            "machine": {"python": platform.python_version(), "aiohttp": aiohttp.__version__, "cores": os.cpu_count()},
-            "function_calls": await function_calls(base),
-            "whole": await whole(base, rounds),
-            "layers": await layers(base, rounds),
-            "streamed": await streamed(base, rounds),
-            "waiting": await waiting(base),
-        }
+        found = {name: await section(base, rounds) for name, section in SECTIONS.items() if name in chosen}
+    return {"machine": machine, **found}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -341,9 +348,14 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [*SECTIONS, "import"]
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(names)}; all if none is named")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args()
+    chosen = options.sections or names
+    if unknown := set(chosen) - set(names):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}")
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     handler = logging.StreamHandler(io.TextIOWrapper(io.FileIO(os.devnull, "w")))
@@ -351,8 +363,9 @@ def main() -> int:
     logging.getLogger("brimful").addHandler(handler)
     logging.getLogger("brimful").setLevel(logging.INFO)
     logging.getLogger("brimful").propagate = False
-    result = asyncio.run(measure(options.rounds))
-    result["import"] = imports()
+    result = asyncio.run(measure(options.rounds, chosen))
+    if "import" in chosen:
+        result["import"] = imports()
     show(result)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -175,11 +175,20 @@ class Book:
     def __init__(self) -> None:
         self.number = 0
         self.attempts = bytearray()
+        self.ends = bytearray()
+        self.endings: list[str] = []
+        """How they ended: for each a byte that says where it stands in the list."""
 
     def next(self) -> int:
         self.number += 1
         grow(self.attempts, self.number)
+        grow(self.ends, self.number)
         return self.number
+
+    def ended(self, number: int, ending: str) -> None:
+        if ending not in self.endings:
+            self.endings.append(ending)
+        self.ends[number] = self.endings.index(ending)
 
 
 class Witness:
@@ -198,15 +207,22 @@ class Witness:
             raise ZeroDivisionError("planted")
         headers = {**request.headers, HEADER: str(number)}
         outcome = 0
+        ending = "otherwise"
         try:
-            return await self._inner.send(HTTPRequest(request.method, request.url, headers, request.body), exchange)
+            response = await self._inner.send(HTTPRequest(request.method, request.url, headers, request.body), exchange)
+            ending = f"answered {response.status}"
+            return response
         except asyncio.CancelledError:
             outcome = 0 if exchange.started else CALLER_LEFT
+            ending = "cancelled"
             raise
-        except LLMException:
+        except LLMException as error:
             outcome = LOST if exchange.reused and not exchange.started else 0
+            ending = type(error).__name__
             raise
         finally:
+            began = "an answer had begun" if exchange.started else "no answer"
+            self._book.ended(number, f"{ending}, {began}, {'kept' if exchange.reused else 'fresh'} connection")
             if exchange.written and not (number == 30 and "request" in self._plants):
                 self._book.attempts[number] = WRITTEN | outcome
 
@@ -390,14 +406,15 @@ async def measure(url: str, options: argparse.Namespace, requests: int, book: Bo
     return report
 
 
-def compare(attempts: bytearray, seen: bytes) -> dict[str, int]:
-    """The client's book beside the server's."""
+def compare(book: Book, seen: bytes) -> dict[str, int]:
+    """The client's book beside the server's; of those that the server has not seen also how they ended."""
+    attempts = book.attempts
     width = max(len(attempts), len(seen))
     pairs = zip(attempts.ljust(width, b"\0"), seen.ljust(width, b"\0"), strict=True)
     found: Counter[str] = Counter(
         dict.fromkeys(["written", "received", "uncounted", "twice", "unseen", "unseen, caller left", "unseen, lost"], 0)
     )
-    for outcome, times in pairs:
+    for number, (outcome, times) in enumerate(pairs):
         found["written"] += bool(outcome & WRITTEN)
         found["received"] += times
         found["uncounted"] += bool(times) and not outcome & WRITTEN
@@ -406,6 +423,7 @@ def compare(attempts: bytearray, seen: bytes) -> dict[str, int]:
             found[
                 "unseen, caller left" if outcome & CALLER_LEFT else "unseen, lost" if outcome & LOST else "unseen"
             ] += 1
+            found[f"unseen: {book.endings[book.ends[number]]}"] += 1
     return dict(found)
 
 
@@ -454,7 +472,7 @@ def soak(options: argparse.Namespace) -> int:
         report = asyncio.run(measure(server.url, options, requests, book))
     finally:
         tally = server.finish()
-    report["requests"] = compare(book.attempts, tally["seen"]) | tally["count"]
+    report["requests"] = compare(book, tally["seen"]) | tally["count"]
     report["faults"] = dict(sorted(tally["faults"].items()))
     wrong = violations(report, growth=options.growth)
     show(report, wrong)

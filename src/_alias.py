@@ -9,16 +9,16 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import CodeType, ModuleType
+from typing import Any
 
 REAL = "llm"
 ALIASES = ("src.llm", "brimful")
 
 
-class CheckoutNames(MetaPathFinder):
+class CheckoutNames:
     """Finds `llm` beside this file, even where only the checkout's root is on the path, and both aliases as `llm`."""
 
     def find_spec(
@@ -32,11 +32,12 @@ class CheckoutNames(MetaPathFinder):
                 found = importlib.util.find_spec(real)
                 if found is not None:
                     is_package = found.submodule_search_locations is not None
-                    return ModuleSpec(name, RealModule(real), origin=found.origin, is_package=is_package)
+                    loader: Any = RealModule(real)  # no subclass of Loader: importlib.abc brings 26 modules with it
+                    return ModuleSpec(name, loader, origin=found.origin, is_package=is_package)
         return None
 
 
-class RealModule(Loader):
+class RealModule:
     """Loads an alias by importing the module it stands for."""
 
     def __init__(self, real: str) -> None:
@@ -54,6 +55,8 @@ class RealModule(Loader):
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Return the real module's code: `python -m src.llm` asks for it."""
+        from importlib.abc import InspectLoader
+
         found = importlib.util.find_spec(self.real)
         return found.loader.get_code(self.real) if found and isinstance(found.loader, InspectLoader) else None
 

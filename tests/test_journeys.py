@@ -233,6 +233,26 @@ async def test_an_outage_is_survived_by_retries(dialect: str, fault: str, stream
     assert (metrics["attempts"], metrics["retries"]) == (3, 2)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_a_request_that_was_written_and_lost_is_sent_paid_and_counted_once_more(
+    dialect: str, streaming: bool
+) -> None:
+    """POST is at least once: nobody knows whether the vendor has billed what was lost."""
+    limits = {"requests_per_minute": 50, "input_tokens_per_minute": 1000}
+    async with journey(dialect, rate_limits=limits) as (manager, client, simulator):
+        simulator.fail("request_lost")
+        assert await ask(client, streaming)
+        status = manager.get_status()
+    assert [(arrival.received, arrival.fault) for arrival in simulator.journal] == [
+        (True, "request_lost"),
+        (True, None),
+    ]
+    [used] = status["providers"][dialect]["limits"]["keys"].values()
+    assert used["requests"]["used"] == 2
+    assert used["input_tokens"]["used"] > simulator.journal[1].input_tokens, "what was lost is paid as estimated"
+    assert (status["metrics"]["attempts"], status["metrics"]["retries"]) == (2, 1)
+
+
 async def test_an_outage_that_lasts_is_told_with_its_attempts() -> None:
     async with journey() as (_, client, simulator):
         simulator.fail("529", times=None)

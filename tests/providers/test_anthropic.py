@@ -256,3 +256,12 @@ def test_representations_tell_the_state(anthropic: AnthropicProvider) -> None:
     assert repr(decoder) == "<AnthropicStream without an id, open>"
     decoder.end()
     assert repr(decoder) == "<AnthropicStream without an id, LLMStreamInterruptedError>"
+
+
+@pytest.mark.parametrize(("status", "model"), [(401, "claude-3-opus"), (404, "claude-haiku-5-5")])
+def test_an_error_that_needs_no_hint_says_what_the_vendor_said(
+    anthropic: AnthropicProvider, status: int, model: str
+) -> None:
+    body = b'{"type":"error","error":{"type":"any","message":"as it is"}}'
+    asked = Request(ASKED.messages, model)
+    assert anthropic.classify(asked, status, {}, body).message == "as it is"

@@ -76,3 +76,20 @@ def test_a_key_too_short_to_be_one_blanks_nothing(short: str) -> None:
     error = LLMException("abc k")
     redact(error, short)
     assert error.message == "abc k"
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("sk-/a+b%c=1", "sk-/a+b%c=1"),
+        ("sk-/a+b%c=1", "sk-%2Fa%2Bb%25c%3D1"),
+        ("sk-/a+b%c=1", "sk-%2fa%2bb%25c%3d1"),
+        ("sk-/a+b%c=1", "sk-\\/a+b%c=1"),
+        ("sk<1>&'2\"", "sk&lt;1&gt;&amp;&#x27;2&quot;"),
+        ("sk-very-secret-1", "c2stdmVyeS1zZWNyZXQt"),
+    ],
+)
+def test_a_key_is_blanked_as_urls_json_html_and_base64_write_it(written: str, shown: str) -> None:
+    error = LLMException(f"no such key: {shown}, sorry")
+    redact(error, written)
+    assert error.message == f"no such key: {MASK}, sorry"

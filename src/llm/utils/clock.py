@@ -42,5 +42,6 @@ class SystemClock:
     sleep = staticmethod(asyncio.sleep)
 
     def call_at(self, when: float, callback: Callable[[], object]) -> TimerHandle:
-        # Not loop.call_at: uvloop's clock has another origin than time.monotonic.
-        return asyncio.get_running_loop().call_later(max(0.0, when - time.monotonic()), callback)
+        # Not loop.call_at: uvloop's clock has another origin than time.monotonic. The delay to one that has passed is
+        # negative, so that asyncio keeps it before those after it; uvloop takes it for 0.
+        return asyncio.get_running_loop().call_later(when - time.monotonic(), callback)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote, urlsplit
@@ -16,6 +15,8 @@ SHORTEST = 4
 CUT = 12
 """Characters of a secret at a text's end that are taken for one that was cut off in its middle."""
 
+# html.escape does the same, but html brings its table of 2,231 names.
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"})
 _CREDENTIAL = re.compile("auth|cookie|credential|key|passw|secret|session|token", re.IGNORECASE)
 
 
@@ -55,7 +56,7 @@ def _forms(secret: str) -> list[str]:
     """*secret* as it is, and as it is written in other languages, the longest first."""
     escaped = quote(secret, safe="")
     forms = {secret, escaped, re.sub("%..", lambda code: code[0].lower(), escaped)}
-    forms |= {secret.replace("/", "\\/"), html.escape(secret)}
+    forms |= {secret.replace("/", "\\/"), secret.translate(_HTML)}
     forms |= {form for form in (_base64(secret), _base64(f"Bearer {secret}")) if len(form) >= CUT}
     return sorted(forms, key=len, reverse=True)
 
