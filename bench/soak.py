@@ -347,11 +347,14 @@ def resident() -> float:
 def taken(manager: LLMManager) -> dict[str, int]:
     """What is lent out, by the manager's own account."""
     found: Counter[str] = Counter()
-    for status in manager.get_status()["providers"].values():
+    told = manager.get_status()
+    for status in told["providers"].values():
         found["clients"] += status["clients"]["in_use"]
         found["in flight"] += status["connections"]["in_flight"]
-        found["queued"] += status["limits"]["queued"]
-        found["output"] += sum(key["output_tokens"]["reserved"] for key in status["limits"]["keys"].values())
+        found["queued"] += status["queued"]
+    for limits in told["limits"].values():
+        for groups in limits["quotas"].values():
+            found["output"] += sum(quota["output_tokens"]["reserved"] for quota in groups.values())
     return dict(found)
 
 
@@ -383,7 +386,7 @@ async def measure(url: str, options: argparse.Namespace, requests: int, book: Bo
         if "permit" in plants:
             line = manager._lines["openai"]
             line.pool.lease(line.pool.keys[0])
-            line.limiter.ledger(line.pool.keys[0]).reserve(Cost(1, 10, 10), now=loop.time())
+            line.limiter.quota(line.pool.keys[0], "m").reserve(Cost(1, 10, 10), now=loop.time())
         left = taken(manager)
         opened = sum(s["connections"]["opened"] for s in manager.get_status()["providers"].values())
     if "task" in plants:

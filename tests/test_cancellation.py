@@ -25,9 +25,8 @@ from llm import (
 from llm.core.client import StreamingCall
 from llm.core.settings import ProviderSettings
 from llm.core.stream import ResponseStream
-from llm.core.types import Cost, Options, Request
+from llm.core.types import Cost, Request
 from llm.middleware.base import Call, Handler, Reply
-from llm.middleware.rate_limiter import estimate
 from llm.testing.clock import FakeClock
 from llm.testing.simulator import Simulator, SimulatorSettings
 from llm.testing.transport import Answer, Scripted, ScriptedTransport
@@ -35,10 +34,14 @@ from llm.transports.base import HTTPRequest
 from llm.transports.http import HTTPTransport
 from llm.utils.clock import Clock, SystemClock
 from tests.core.rig import END, PROMPT, answer, configuration, delta, failure, is_probe, stream
+from tests.middleware.fakes import Counted, Guessed, a_quarter_of_the_bytes
+from tests.quotas import quotas
 from tests.stepping import MOMENTS, Steps, Watched, other_tasks, until
 
 OPTIONS: dict[str, Any] = {"max_tokens": 50}
-RESERVED = estimate(Request((Message(MessageRole.USER, PROMPT),), "m", Options(max_tokens=50), False))
+RESERVED = Cost(1, a_quarter_of_the_bytes(Request((Message(MessageRole.USER, PROMPT),), "m")), 50)
+TAIL = 1.0
+"""Seconds after which nothing can be left of an answer of 50 tokens that was given up: it would have ended."""
 USED = Cost(1, 3, 2)
 WINDOW = 60.25
 Way = Callable[..., Coroutine[Any, Any, str]]
@@ -136,10 +139,12 @@ class Run(NamedTuple):
         [status] = self.manager.get_status()["providers"].values()
         return dict(status)
 
-    def spent(self) -> Cost:
-        """What the ledgers of all keys say."""
-        keys = self.status()["limits"]["keys"].values()
-        assert [key["output_tokens"]["reserved"] for key in keys] == [0] * len(keys), "output is still reserved"
+    def spent(self, *, tails: bool = False) -> Cost:
+        """What the ledgers of all keys say. With *tails*, answers that were given up may still be produced."""
+        keys = quotas(self.manager)
+        for key in keys:
+            assert key["under_way"] == 0
+            assert key["output_tokens"]["reserved"] in ((0, RESERVED.output_tokens) if tails else (0,))
         return Cost(*(sum(key[name]["used"] for key in keys) for name in ("requests", "input_tokens", "output_tokens")))
 
     def expected(self, *, used: Cost = USED, answered: bool) -> Cost:
@@ -173,7 +178,15 @@ def build(scenario: Scenario) -> Run:
         transport=lambda settings, clock: watched,
         middleware={"slow": Slow(clock)} if scenario.slow else {},
     )
+    count_plainly(manager)
     return Run(manager, manager.get_client(), clock, watched)
+
+
+def count_plainly(manager: LLMManager) -> None:
+    """Let every prompt and answer be reckoned at what :data:`RESERVED` says, whatever was learnt before."""
+    for line in manager._lines.values():
+        line.limiter._estimator = Counted(a_quarter_of_the_bytes)
+        line.limiter._predictor = Guessed(RESERVED.output_tokens)
 
 
 def is_failure(answer: Answer, status: int) -> bool:
@@ -207,10 +220,11 @@ async def run_scenario(scenario: Scenario, steps: Steps) -> None:
             await drive(run.clock, held)
         status = run.status()
         assert status["clients"]["in_use"] == 0
-        assert status["limits"]["queued"] == 0
+        assert status["queued"] == 0
         if not any(is_failure(a, 403) for a in scenario.answers):
             # A probe that was begun for this call may be answering others, and goes on.
             assert status["connections"]["in_flight"] == 0
+        await run.clock.advance(TAIL)
         assert run.spent() == run.expected(answered=answered)
         requests = run.manager.get_status()["metrics"]["requests"]
         # Cancelled while the rest of a whole stream's body is read: the answer was there all the same.
@@ -293,10 +307,11 @@ async def real(simulator: Simulator, **provider: Any) -> AsyncIterator[Run]:
                 **provider,
             }
         },
-        "middleware": {"retry": {"base_delay": 0.005, "max_delay": 0.01}},
+        "middleware": {"retry": {"base_delay": 0.005, "max_delay": 0.01}, "rate_limiter": {"slow_start": False}},
     }
     tasks, before = other_tasks(), await sockets()
     async with await asyncio.to_thread(LLMManager.from_config, config, environ={}, transport=transport) as manager:
+        count_plainly(manager)
         yield Run(manager, manager.get_client(), clock, transports[0])  # type: ignore[arg-type]  # this one nobody moves
     assert transports[0].statistics()["open"] == transports[0].statistics()["in_flight"] == 0
     # The simulator's side ends a little later.
@@ -334,10 +349,10 @@ async def test_over_real_sockets_too(call: Way, faults: list[str], warm: bool) -
                     assert task.cancelled() is steps.struck
                     status = run.status()
                     assert status["clients"]["in_use"] == 0
-                    assert status["limits"]["queued"] == 0
+                    assert status["queued"] == 0
                     assert status["connections"]["in_flight"] == 0
                     cost = run.expected(used=used, answered=not task.cancelled())
-                    spent = run.spent()
+                    spent = run.spent(tails=True)
                     assert spent == Cost(*(getattr(before, n) + getattr(cost, n) for n in Cost.__struct_fields__))
                     simulator.heal()
                     assert await run.client.chat("after")
@@ -366,7 +381,8 @@ async def test_an_abandoned_stream_that_is_collected_has_given_back_everything()
         gc.collect()
         assert run.watched.statistics()["in_flight"] == 0
         assert run.status()["clients"]["in_use"] == 0
-        assert run.spent() == Cost(*(3 * getattr(RESERVED, name) for name in Cost.__struct_fields__))
+        await run.clock.advance(TAIL)
+        assert run.spent() == Cost(3, 3 * RESERVED.input_tokens, 0)
         assert run.manager.get_status()["metrics"]["requests"]["cancelled"] == 3
     assert run.clock.timers == 0
 
@@ -400,7 +416,7 @@ async def test_closing_under_load_ends_every_call_with_an_answer_or_a_typed_erro
             status = run.status()
         assert waiting > 200
         assert [end for end in ended if not isinstance(end, (str, LLMException))] == []
-        assert (status["clients"]["in_use"], status["limits"]["queued"], status["connections"]["in_flight"]) == (
+        assert (status["clients"]["in_use"], status["queued"], status["connections"]["in_flight"]) == (
             0,
             0,
             0,

@@ -31,8 +31,13 @@ def secret(number: int) -> str:
 
 
 def configuration(keys: int = 1, *, middleware: Mapping[str, Any] | None = None, **provider: Any) -> dict[str, Any]:
-    """A configuration of one provider ``vendor``, speaking Chat Completions, with *keys* keys."""
+    """A configuration of one provider ``vendor``, speaking Chat Completions, with *keys* keys.
+
+    Without a slow start: what a test offers together is to go together.
+    """
     provider.setdefault("models", "m")
+    layers = dict(middleware or {})
+    layers["rate_limiter"] = {"slow_start": False, **layers.get("rate_limiter", {})}
     return {
         "providers": {
             "vendor": {
@@ -42,7 +47,7 @@ def configuration(keys: int = 1, *, middleware: Mapping[str, Any] | None = None,
                 **provider,
             }
         },
-        **({"middleware": middleware} if middleware else {}),
+        "middleware": layers,
     }
 
 

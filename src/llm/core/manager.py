@@ -14,10 +14,9 @@ import random as randomness
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, Unpack
 from weakref import WeakKeyDictionary
 
 import msgspec
@@ -45,6 +44,9 @@ from .exceptions import LLMConfigurationError, LLMConnectionError
 from .pool import ProviderPool
 from .settings import LLMSettings, ProviderSettings
 from .types import CallOptions, Priority
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 logger = logging.getLogger("brimful")
 
@@ -373,6 +375,7 @@ class LLMManager:
         for key, shown in zip(line.pool.keys, status["keys"], strict=True):
             told = line.provider.limits(key.headers) if key.headers is not None else None
             shown["vendor_limits"] = msgspec.to_builtins(told)
+        status["queued"] = line.limiter.waiting
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
         return status
@@ -457,6 +460,9 @@ def _store(name: str, clock: Clock) -> Store:
 
 
 def _registered(group: str) -> dict[str, EntryPoint]:
+    # Half of what importing this package would cost; a manager is made once.
+    from importlib.metadata import entry_points
+
     return {point.name: point for point in entry_points(group=group)}
 
 

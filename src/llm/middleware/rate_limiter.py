@@ -224,6 +224,11 @@ class RateLimitMiddleware:
             reply.on_settled(permit.settle)
         return reply
 
+    @property
+    def waiting(self) -> int:
+        """How many calls wait."""
+        return self._waiting
+
     # -- seen from outside ---------------------------------------------------------------------------------------------
 
     def quota(self, key: PoolKey, model: str) -> Quota:
