@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota soak coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -87,6 +87,9 @@ bench: setup  ## what a call costs
 
 quota: setup  ## how much of the quota is used and how often a vendor says no, in virtual time
 	$(BIN)/python bench/quota.py
+
+limits: setup  ## what keeping the limits costs: the ledger, the layer, the wait answer, memory, those who wait
+	$(BIN)/python bench/limits.py
 
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py

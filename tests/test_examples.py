@@ -1,4 +1,4 @@
-"""The tour, as somebody at a terminal meets it: it runs anywhere, says where it runs, and never shows a traceback."""
+"""The tours, as somebody at a terminal meets them: they run anywhere and say where, never with a traceback."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llm.testing.process import SimulatorProcess
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "llm_usage.py"
+PRIORITIES = ROOT / "examples" / "priorities.py"
 DEPENDENCIES = ("aiohttp", "msgspec", "yaml")
 
 
@@ -152,3 +153,40 @@ def test_help_tells_what_it_shows(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "--simulator" in done.stdout
     assert "30 seconds" in done.stdout
+
+
+# -- priorities ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def priorities(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What the tour of priorities prints, whatever the environment holds."""
+    began = time.monotonic()
+    done = tour(cwd=tmp_path_factory.mktemp("elsewhere"), file=PRIORITIES, ANTHROPIC_API_KEY="k")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - began < 20
+    assert done.stdout.endswith("That was the tour.\n")
+    return done.stdout
+
+
+def test_the_first_line_about_priorities_says_that_it_is_the_simulator(priorities: str) -> None:
+    assert re.match(r".*the built-in simulator at http://127\.0\.0\.1:\d+\n", priorities)
+
+
+def test_visitors_hardly_wait_and_tenants_share_what_is_left(priorities: str) -> None:
+    row = r"(high|low, tenant [ab]) +(\d+) +([\d.]+) s +([\d.]+) s +([\d.]+) s\n"
+    found = {who: (int(calls), *map(float, figures)) for who, calls, *figures in re.findall(row, priorities)}
+    calls = {who: figures[0] for who, figures in found.items()}
+    assert calls == {"high": 12, "low, tenant a": 90, "low, tenant b": 30}
+    _, _, longest, _ = found["high"]
+    assert longest < found["low, tenant b"][1] < found["low, tenant a"][1]
+    assert found["low, tenant b"][3] < found["low, tenant a"][3], "the one who asked for less is done sooner"
+
+
+def test_prospects_and_limits_are_told_while_calls_wait(priorities: str) -> None:
+    waits = [float(wait) for wait in re.findall(r"tokens in, \d+ out, goes in ([\d.]+) s", priorities)]
+    assert len(waits) == 4
+    assert waits[2] < waits[3], "a high one would go sooner than a low one"
+    assert re.search(r"anthropic: \d+ waiting \(\d+ low of a, \d+ low of b\)", priorities)
+    assert len(re.findall(r"anthropic/[12]: \d+ of 20 requests used, \d+ under way", priorities)) == 4
+    assert "at the server: 132 requests, 0 answered with 429" in priorities

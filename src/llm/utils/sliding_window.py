@@ -26,7 +26,7 @@ The machine does no I/O and reads no clock: it is told the time, which must not 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush, merge
 from math import inf, sqrt
 from operator import attrgetter
@@ -689,16 +689,26 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
     seconds = windows * shortest
     rest += 1 - free
     if rest > 0:
-        returns: Iterable[tuple[float, int]] = (
-            _returns(ledgers[0], dimension, debts[0])
-            if len(ledgers) == 1
-            else merge(*map(_returns, ledgers, (dimension,) * len(debts), debts))
-        )
-        for expiry, amount in returns:
-            rest -= amount
-            if rest <= 0:
-                seconds += expiry - now
-                break
+        if len(ledgers) == 1:
+            # What pays the debt comes back first, and counts for nobody.
+            rest += debts[0]
+            amount_of = attrgetter(dimension)
+            for entry in _entries(ledgers[0], dimension):
+                rest -= amount_of(entry)
+                if rest <= 0:
+                    seconds += entry.expiry - now
+                    break
+        else:
+            # Each in its order: sorting merges them in a quarter of the time that heapq takes.
+            returns: list[tuple[float, int]] = []
+            for ledger, debt in zip(ledgers, debts, strict=True):
+                returns.extend(_returns(ledger, dimension, debt))
+            returns.sort()
+            for expiry, amount in returns:
+                rest -= amount
+                if rest <= 0:
+                    seconds += expiry - now
+                    break
     if any(ledger.span != shortest for ledger in ledgers):
         # Of windows of several lengths the shortest come round more often than this has counted; but never does more
         # come back than each ledger's limit a window.
@@ -717,17 +727,27 @@ def _state(ledger: Ledger, dimension: Dimension) -> tuple[int | None, int]:
     return ledger.token_limit, ledger.tokens_used
 
 
-def _returns(ledger: Ledger, dimension: Dimension, debt: int) -> Iterator[tuple[float, int]]:
-    """When how much of a dimension comes back, after the *debt* by which the ledger is over its limit."""
+def _entries(ledger: Ledger, dimension: Dimension) -> Iterable[Entry]:
+    """Whatever holds some of *dimension*, in the order in which it goes."""
     logs: list[deque[Entry]] = [] if dimension == "output_tokens" else [ledger._log]
     if dimension == "output_tokens" or (dimension == "tokens" and ledger.output_counts):
         logs.append(ledger._produced)
     if ledger._foreign:
         logs.append(ledger._foreign)
-    entries: Iterable[Entry] = logs[0] if len(logs) == 1 else merge(*logs, key=_EXPIRY)
+    return logs[0] if len(logs) == 1 else merge(*logs, key=_EXPIRY)
+
+
+def _returns(ledger: Ledger, dimension: Dimension, debt: int) -> Iterable[tuple[float, int]]:
+    """When how much of a dimension comes back, after the *debt* by which the ledger is over its limit."""
+    entries = _entries(ledger, dimension)
+    if not debt:
+        entries = tuple(entries)
+        return zip(map(_EXPIRY, entries), map(attrgetter(dimension), entries), strict=True)
+    found = []
     for entry in entries:
         amount: int = getattr(entry, dimension)
         if amount:
             paid = min(amount, debt)
             debt -= paid
-            yield entry.expiry, amount - paid
+            found.append((entry.expiry, amount - paid))
+    return found
