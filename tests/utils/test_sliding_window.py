@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from math import inf
 
 import hypothesis.strategies as st
 import pytest
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llm.core.types import Cost
 from llm.testing.journal import check_window
-from llm.utils.sliding_window import MIN_COMPACT, NOTHING, Ledger, Reservation, time_until
+from llm.utils.sliding_window import DIMENSIONS, MIN_COMPACT, NOTHING, Dimension, Ledger, Reservation, time_until
 
 WINDOW, GUARD = 8.0, 0.25
 SPAN = WINDOW + GUARD
@@ -20,6 +21,37 @@ SPAN = WINDOW + GUARD
 ticks = st.integers(0, 12).map(lambda quarters: quarters / 4)
 limits = st.one_of(st.none(), st.integers(1, 12))
 costs = st.builds(Cost, st.integers(0, 3), st.integers(0, 5), st.integers(0, 6))
+four_costs = st.builds(Cost, st.integers(1, 3), st.integers(0, 5), st.integers(0, 6), st.integers(0, 5))
+
+
+def of_limits(
+    limits: tuple[int | None, int | None, int | None, int | None],
+    *,
+    output_counts: bool = False,
+    grain: float = 0.0,
+    output_grain: float = 0.0,
+    z: float = 0.0,
+) -> Ledger:
+    requests, input_tokens, output_tokens, tokens = limits
+    return Ledger(
+        requests=requests,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        tokens=tokens,
+        window=WINDOW,
+        guard=GUARD,
+        grain=grain,
+        output_grain=output_grain,
+        output_counts=output_counts,
+        z=z,
+    )
+
+
+def of_one(dimension: Dimension, limit: int) -> Ledger:
+    """A ledger of one limit."""
+    ledger = Ledger(window=WINDOW, guard=GUARD)
+    ledger.set_limit(dimension, limit)
+    return ledger
 
 
 class Held:
@@ -39,7 +71,7 @@ class Held:
         elif self.left is None:
             return Cost(requests, input_tokens, 0)
         alive = self.left is not None and now < self.left + span
-        produced = self.settled is not None and now < self.settled[0] + span
+        produced = self.settled is not None and now < self.settled[0] + WINDOW
         return Cost(
             requests if alive else 0,
             input_tokens if alive else 0,
@@ -409,8 +441,8 @@ def test_a_successor_counts_what_was_sent_and_keeps_its_time() -> None:
     assert repr(successor) == repr(ledger) == "<Ledger requests 1/3, input 8/100, output 5/50 + 0 open>"
     assert successor.span == SPAN
     assert successor.next_expiry(2.0) == SPAN
-    assert successor.next_expiry(SPAN) == 1.0 + SPAN
-    assert successor.next_expiry(1.0 + SPAN) is None
+    assert successor.next_expiry(SPAN) == 1.0 + WINDOW
+    assert successor.next_expiry(1.0 + WINDOW) is None
     assert repr(successor) == "<Ledger requests 0/3, input 0/100, output 0/50 + 0 open>"
 
 
@@ -427,7 +459,7 @@ def test_a_successor_counts_what_was_open_as_spent_now_and_hears_of_it_no_more()
     assert [successor.next_expiry(now) for now in (3.0, SPAN, 1.0 + SPAN, 2.0 + SPAN)] == [
         SPAN,
         1.0 + SPAN,
-        2.0 + SPAN,
+        2.0 + WINDOW,
         None,
     ], "also what was waiting to leave goes after a window: nobody will say that it left"
 
@@ -464,7 +496,7 @@ def test_a_successor_without_limits_keeps_no_log() -> None:
 # -- time_until ------------------------------------------------------------------------------------------------------
 
 sends = st.lists(
-    st.tuples(ticks, st.builds(Cost, st.integers(0, 3), st.integers(0, 5), st.integers(0, 6)), st.integers(0, 8)),
+    st.tuples(ticks, st.builds(Cost, st.integers(0, 3), *([st.integers(0, 5)] * 3)), st.integers(0, 8)),
     max_size=14,
 )
 
@@ -477,7 +509,7 @@ def fill(ledger: Ledger, plan: list[tuple[float, Cost, int]]) -> float:
         reservation = ledger.reserve(cost, now=now)
         if reservation is not None:
             reservation.sent(now)
-            reservation.settle(Cost(cost.requests, input_tokens, cost.output_tokens), now=now)
+            reservation.settle(Cost(cost.requests, input_tokens, cost.output_tokens, cost.tokens), now=now)
     return now
 
 
@@ -501,7 +533,7 @@ def test_the_wait_of_a_single_call_is_exact(
     now = fill(ledger, plan) + later
     wait = time_until([ledger], cost, now=now)
     if ledger.too_large(cost):
-        assert wait == float("inf")
+        assert wait == inf
         return
     assert wait <= SPAN
     # Step by step, on copies: it is refused at every quarter second before, and admitted then.
@@ -550,9 +582,9 @@ def test_a_long_queue_waits_whole_windows() -> None:
 
 
 @pytest.mark.parametrize("dimension", ["requests", "input_tokens"])
-def test_the_wait_behind_a_queue_is_exact_for_windows_of_one_length(dimension: str) -> None:
+def test_the_wait_behind_a_queue_is_exact_for_windows_of_one_length(dimension: Dimension) -> None:
     """Two keys of five, spent at 0 and at 4: at each return five go."""
-    ledgers = [Ledger(**{dimension: 5}, window=WINDOW, guard=GUARD) for _ in range(2)]
+    ledgers = [of_one(dimension, 5) for _ in range(2)]
     for ledger, at in zip(ledgers, (0.0, 4.0), strict=True):
         send(ledger, Cost(5, 5), at)
     one = Cost(1, 1)
@@ -587,8 +619,8 @@ def test_output_ahead_is_waited_for_too() -> None:
     ledger = Ledger(output_tokens=10, window=WINDOW, guard=GUARD)
     send(ledger, Cost(1, 0, 10), 0.0).settle(Cost(1, 0, 10), now=0.0)
     assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 0), now=1.0) == 0.0
-    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 10), now=1.0) == SPAN - 1.0
-    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 11), now=1.0) == 2 * SPAN - 1.0
+    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 10), now=1.0) == WINDOW - 1.0
+    assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 11), now=1.0) == 2 * WINDOW - 1.0
 
 
 def test_what_has_expired_is_waited_for_no_more() -> None:
@@ -634,7 +666,7 @@ def test_a_call_waits_for_one_key_that_holds_it_whole() -> None:
     send(ledgers[1], Cost(1, 60), 2.0)
     assert time_until(ledgers, Cost(1, 80), now=4.0) == SPAN - 4.0
     assert time_until(ledgers, Cost(1, 40), now=4.0) == 0.0
-    assert time_until(ledgers, Cost(1, 101), now=4.0) == float("inf")
+    assert time_until(ledgers, Cost(1, 101), now=4.0) == inf
 
 
 def test_output_that_is_open_may_come_back_at_any_time() -> None:
@@ -642,7 +674,7 @@ def test_output_that_is_open_may_come_back_at_any_time() -> None:
     reservation = send(ledger, Cost(1, 0, 100), 0.0)
     assert time_until([ledger], Cost(1, 0, 100), now=1.0) == 0.0
     reservation.settle(Cost(1, 0, 100), now=1.0)
-    assert time_until([ledger], Cost(1, 0, 1), now=1.0) == SPAN
+    assert time_until([ledger], Cost(1, 0, 1), now=1.0) == WINDOW
 
 
 def test_an_overdraft_is_paid_before_anybody_is_let_in() -> None:
@@ -656,12 +688,326 @@ def test_an_overdraft_is_paid_before_anybody_is_let_in() -> None:
 
 
 @pytest.mark.parametrize("dimension", ["requests", "input_tokens"])
-def test_a_limit_of_nothing_keeps_everything_out(dimension: str) -> None:
-    ledger = Ledger(**{dimension: 0})
+def test_a_limit_of_nothing_keeps_everything_out(dimension: Dimension) -> None:
+    ledger = of_one(dimension, 0)
     assert ledger.reserve(Cost(1, 1), now=0.0) is None
-    assert time_until([ledger], Cost(1, 1), now=0.0) == float("inf")
-    assert time_until([ledger], Cost(1, 1), Cost(1, 1), now=0.0) == float("inf")
+    assert time_until([ledger], Cost(1, 1), now=0.0) == inf
+    assert time_until([ledger], Cost(1, 1), Cost(1, 1), now=0.0) == inf
 
 
 def test_without_any_key_a_call_waits_for_ever() -> None:
-    assert time_until([], Cost(), now=0.0) == float("inf")
+    assert time_until([], Cost(), now=0.0) == inf
+
+
+# -- combined tokens, and output as it comes -------------------------------------------------------------------------
+
+
+def test_output_counts_of_the_combined_tokens_as_it_is_produced() -> None:
+    """Anthropic's way: the prompt at once, the answer token by token."""
+    ledger = Ledger(tokens=100, window=WINDOW, guard=GUARD, output_counts=True)
+    reservation = send(ledger, Cost(1, 40, 30, 40), 0.0)
+    assert ledger.reserve(Cost(1, 10, 21, 10), now=0.0) is None, "70 are used or promised"
+    reservation.produced(20, mean=10, variance=0.0, now=1.0)
+    assert (ledger.used("tokens"), ledger.open_output) == (60, 10)
+    reservation.settle(Cost(1, 40, 25, 40), now=2.0)
+    assert (ledger.used("tokens"), ledger.open_output) == (65, 0)
+    assert [ledger.next_expiry(now) for now in (2.0, SPAN)] == [SPAN, 1.0 + WINDOW]
+
+
+def test_where_the_vendor_holds_max_tokens_output_costs_nothing_more() -> None:
+    """OpenAI's way: the cost says at once what the vendor will hold, whatever is produced."""
+    ledger = Ledger(tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 10, 50, 90), 0.0)
+    reservation.produced(50, mean=10, variance=0.0, now=1.0)
+    reservation.settle(Cost(1, 10, 60, 90), now=2.0)
+    assert ledger.used("tokens") == 90
+    assert ledger.reserve(Cost(1, 5, 5, 11), now=2.0) is None
+    assert ledger.reserve(Cost(1, 5, 500, 10), now=2.0) is not None
+
+
+def test_a_guess_of_output_does_not_keep_out_a_prompt_that_fits() -> None:
+    ledger = Ledger(tokens=100, output_counts=True)
+    assert ledger.reserve(Cost(1, 60, 4096, 60), now=0.0) is not None
+    assert ledger.open_output == 40, "what the prompt leaves of the limit"
+    assert ledger.reserve(Cost(1, 0, 0, 1), now=0.0) is None
+
+
+def test_a_long_answer_waits_for_an_empty_window() -> None:
+    ledger = Ledger(output_tokens=100, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(1, 0, 5), 0.0).settle(Cost(1, 0, 5), now=0.0)
+    assert ledger.reserve(Cost(1, 0, 4096), now=WINDOW - 0.25) is None
+    assert ledger.reserve(Cost(1, 0, 4096), now=WINDOW) is not None
+    assert ledger.reserve(Cost(1, 0, 1), now=WINDOW) is None, "nothing goes beside it"
+
+
+def test_one_answer_that_may_be_longer_than_the_limit_goes_alone() -> None:
+    """The margin for long answers must not keep out for ever whoever is the first."""
+    ledger = Ledger(output_tokens=100, z=1.645)
+    assert ledger.reserve(Cost(1, 0, 90), now=0.0, variance=10_000.0) is not None
+    assert ledger.reserve(Cost(1, 0, 1), now=0.0) is None
+
+
+def test_the_margin_is_held_once_for_all_answers_together() -> None:
+    """Four with a deviation of 10 are off by 20 together, and not by 40."""
+    ledger = Ledger(output_tokens=100, z=1.0)
+    for _ in range(4):
+        assert ledger.reserve(Cost(1, 0, 20), now=0.0, variance=100.0) is not None
+    assert ledger.reserve(Cost(1, 0, 1), now=0.0) is None
+    other = Ledger(output_tokens=99, z=1.0)
+    admitted = [other.reserve(Cost(1, 0, 20), now=0.0, variance=100.0) is not None for _ in range(4)]
+    assert admitted == [True, True, True, False]
+
+
+def test_what_has_come_is_promised_no_more() -> None:
+    ledger = Ledger(output_tokens=100, window=WINDOW, z=1.0)
+    reservation = send(ledger, Cost(1, 0, 50), 0.0)
+    reservation.produced(30, mean=10, variance=16.0, now=1.0)
+    reservation.produced(20, mean=10, variance=16.0, now=1.5)
+    assert (ledger.output_used, ledger.open_output, ledger.open_variance) == (30, 10, 16.0), "what has come, has come"
+    assert ledger.reserve(Cost(1, 0, 57), now=2.0) is None
+    assert ledger.reserve(Cost(1, 0, 56), now=2.0) is not None
+
+
+def test_nothing_is_heard_of_an_answer_after_it_was_settled() -> None:
+    ledger = Ledger(input_tokens=100, output_tokens=100)
+    reservation = send(ledger, Cost(1, 10, 50), 0.0)
+    reservation.settle(Cost(1, 10, 20), now=1.0)
+    reservation.produced(90, mean=5, variance=1.0, now=2.0)
+    reservation.correct(input_tokens=90, tokens=90, now=2.0)
+    reservation.postpone(2.0, now=2.0)
+    assert repr(ledger) == "<Ledger requests 1, input 10/100, output 20/100 + 0 open>"
+    assert ledger.next_expiry(2.0) == 60.25
+
+
+def test_an_answer_that_was_given_up_stays_open_for_as_long_as_it_may_be_produced() -> None:
+    ledger = Ledger(output_tokens=100, window=WINDOW)
+    reservation = send(ledger, Cost(1, 0, 60), 0.0)
+    reservation.produced(10, mean=50, variance=0.0, now=1.0)
+    reservation.settle(Cost(1, 0, 10), now=2.0, until=5.0)
+    assert (ledger.open_count, ledger.open_output) == (1, 50)
+    assert ledger.reserve(Cost(1, 0, 41), now=5.0 - 0.25) is None
+    assert ledger.next_expiry(2.0) == 5.0
+    assert ledger.reserve(Cost(1, 0, 41), now=5.0) is not None
+    assert ledger.open_count == 1
+
+
+def test_an_answer_that_must_have_ended_by_now_leaves_nothing_open() -> None:
+    ledger = Ledger(output_tokens=100)
+    send(ledger, Cost(1, 0, 60), 0.0).settle(Cost(1, 0, 10), now=2.0, until=2.0)
+    assert (ledger.open_count, ledger.open_output) == (0, 0)
+
+
+def test_the_vendors_count_of_a_prompt_takes_the_place_of_ours() -> None:
+    ledger = Ledger(input_tokens=100, tokens=200)
+    reservation = send(ledger, Cost(1, 40, 0, 50), 0.0)
+    reservation.correct(input_tokens=60, tokens=70, now=1.0)
+    assert (ledger.input_used, ledger.tokens_used) == (60, 70)
+    reservation.settle(Cost(1, 30, 0, 30), now=1.0)
+    assert (ledger.requests_used, ledger.input_used, ledger.tokens_used) == (1, 30, 30)
+
+
+def test_the_vendors_count_changes_nothing_after_the_window() -> None:
+    ledger = Ledger(input_tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 40), 0.0)
+    reservation.correct(input_tokens=90, tokens=0, now=SPAN)
+    assert ledger.next_expiry(SPAN) is None
+    assert ledger.input_used == 0
+
+
+# -- when a request arrived ------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_arrived_late_counts_a_window_from_then() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(), 0.0)
+    reservation.postpone(2.0, now=3.0)
+    assert ledger.reserve(Cost(), now=2.0 + WINDOW - 0.25) is None
+    ledger.expire(3.0 + SPAN)
+    assert ledger.requests_used == 0
+
+
+def test_a_request_that_arrived_late_counts_with_those_that_left_then() -> None:
+    ledger = Ledger(requests=5, input_tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 10), 0.0)
+    for at in (1.0, 2.0, 3.0):
+        send(ledger, Cost(1, 20), at)
+    reservation.postpone(2.25, now=3.0)
+    assert (ledger.next_expiry(3.0), ledger.requests_used) == (1.0 + SPAN, 4)
+    assert (ledger.next_expiry(1.0 + SPAN), ledger.requests_used) == (2.0 + SPAN, 3)
+    ledger.expire(2.0 + SPAN)
+    assert (ledger.requests_used, ledger.input_used) == (1, 20)
+    reservation.settle(Cost(1, 90), now=2.0 + SPAN)
+    assert ledger.input_used == 20, "its window is over"
+
+
+@pytest.mark.parametrize("arrived", [-1.0, 0.0, 0.25])
+def test_a_request_that_arrived_within_the_guard_keeps_its_place(arrived: float) -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0).postpone(arrived, now=1.0)
+    assert ledger.next_expiry(1.0) == SPAN
+
+
+def test_a_request_whose_window_is_over_is_not_postponed() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0).postpone(5.0, now=SPAN)
+    assert ledger.next_expiry(SPAN) is None
+    assert ledger.requests_used == 0
+
+
+def test_a_request_that_has_not_left_is_not_postponed() -> None:
+    ledger = Ledger(requests=1, window=WINDOW, guard=GUARD)
+    reservation = ledger.reserve(Cost(), now=0.0)
+    assert reservation is not None
+    reservation.postpone(2.0, now=2.0)
+    assert ledger.next_expiry(2.0) == SPAN
+
+
+# -- what others use -------------------------------------------------------------------------------------------------
+
+
+def test_less_is_taken_off_everything_that_was_known_of_others() -> None:
+    ledger = Ledger(requests=1000, window=60.0, guard=0.0)
+    ledger.add_foreign("requests", 600, now=0.0)
+    ledger.add_foreign("requests", -300, now=0.0)
+    assert ledger.foreign.requests == 300
+    ledger.expire(30.0)
+    assert 145 <= ledger.foreign.requests <= 160, "it still goes evenly"
+    ledger.add_foreign("requests", -1000, now=30.0)
+    assert ledger.foreign.requests == ledger.requests_used == 0
+
+
+# -- what was sent of late -------------------------------------------------------------------------------------------
+
+
+# -- looking ahead ---------------------------------------------------------------------------------------------------
+
+
+def ahead(*, lead: float = 0.0, speed: float = 10.0) -> Ledger:
+    """A ledger of 1000 output tokens, 500 of them produced at 0 and 400 at 4."""
+    ledger = Ledger(output_tokens=1000, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(1, 0, 500), 0.0).settle(Cost(1, 0, 500), now=0.0)
+    send(ledger, Cost(1, 0, 400), 4.0).settle(Cost(1, 0, 400), now=4.0)
+    ledger.lead, ledger.speed = lead, speed
+    return ledger
+
+
+def test_what_will_have_expired_when_output_is_produced_is_free_for_it() -> None:
+    """Of 140 tokens at 100 a second the last comes 1.4 s from now."""
+    assert ahead(speed=100.0).reserve(Cost(1, 0, 140), now=WINDOW - 1.5) is None
+    assert ahead(speed=100.0).reserve(Cost(1, 0, 140), now=WINDOW - 1.25) is not None
+    assert ahead(speed=100.0, lead=0.25).reserve(Cost(1, 0, 140), now=WINDOW - 1.5) is not None
+    assert ahead(speed=0.0).reserve(Cost(1, 0, 140), now=WINDOW - 0.25) is None, "a speed of 0 does not look ahead"
+
+
+@pytest.mark.parametrize(("open_output", "speed"), [(30, 600.0), (430, 100.0)])
+def test_only_as_much_is_promised_as_will_have_expired(open_output: int, speed: float) -> None:
+    """600 are free a second from now, and 1000 five seconds from now; and 30 may be overbooked."""
+    for mean, fits in ((600, True), (601, False)):
+        ledger = ahead(speed=speed)
+        ledger.open_output = open_output
+        assert (ledger.reserve(Cost(1, 0, mean), now=WINDOW - 1.0) is not None) == fits
+
+
+def test_a_little_more_is_promised_than_is_free() -> None:
+    """Promises hold a margin that is mostly given back."""
+    assert ahead(speed=1e9).reserve(Cost(1, 0, 130), now=5.0) is not None
+    assert ahead(speed=1e9).reserve(Cost(1, 0, 131), now=5.0) is None
+    assert ahead(speed=0.0).reserve(Cost(1, 0, 101), now=5.0) is None
+
+
+def test_nothing_is_promised_while_nothing_at_all_is_free() -> None:
+    ledger = ahead(speed=1e9)
+    send(ledger, Cost(1, 0, 100), 5.0).settle(Cost(1, 0, 100), now=5.0)
+    assert ledger.reserve(Cost(1, 0, 1), now=5.0) is None
+
+
+@pytest.mark.parametrize(("seen_at", "admitted"), [(0.0, False), (0.25, True)])
+def test_what_streams_have_produced_since_somebody_looked_may_have_used_up_what_is_free(
+    seen_at: float, admitted: bool
+) -> None:
+    """100 are free. Two streams of 10 tokens a second have had 4.9 s, and have 0.1 s until the request arrives."""
+    ledger = ahead(speed=10.0)
+    ledger.producing, ledger.seen_at = 2, seen_at
+    assert (ledger.reserve(Cost(1, 0, 110), now=4.9) is not None) == admitted
+
+
+def test_what_others_produced_and_will_have_expired_is_free_too() -> None:
+    ledger = Ledger(output_tokens=1000, window=60.0, guard=0.0)
+    ledger.add_foreign("output_tokens", 900, now=0.0)
+    ledger.speed, ledger.lead = 1e9, 20.0
+    assert ledger.reserve(Cost(1, 0, 450), now=0.0) is None
+    assert ledger.reserve(Cost(1, 0, 400), now=0.0) is not None, "30 are overbooked, and some 280 gone in 20 s"
+
+
+# -- coalescing ------------------------------------------------------------------------------------------------------
+
+
+def test_entries_of_a_grain_are_one_with_the_later_expiry() -> None:
+    ledger = Ledger(requests=1000, input_tokens=1000, window=WINDOW, guard=GUARD, grain=0.5)
+    for at in (0.0, 0.25, 0.5, 0.75):
+        send(ledger, Cost(1, 10), at)
+    assert [(entry.expiry, entry.requests, entry.input_tokens) for entry in ledger._log] == [
+        (0.25 + SPAN, 2, 20),
+        (0.75 + SPAN, 2, 20),
+    ]
+
+
+def test_a_log_with_a_grain_has_a_bounded_length_however_much_goes_through() -> None:
+    ledger = Ledger(requests=10**9, output_tokens=10**9, window=WINDOW, grain=0.25, output_grain=0.125)
+    for number in range(10_000):
+        send(ledger, Cost(1, 10, 10), number / 500).settle(Cost(1, 10, 10), now=number / 500)
+    assert len(ledger._log) <= (WINDOW + GUARD) / 0.25 + 2
+    assert len(ledger._produced) <= WINDOW / 0.125 + 2
+
+
+def test_a_refund_of_all_that_is_in_a_grain_ends_it() -> None:
+    """What comes next has an entry of its own, and not one that was taken out."""
+    ledger = Ledger(requests=10, window=WINDOW, guard=GUARD, grain=0.5)
+    send(ledger, Cost(), 0.0).settle(NOTHING, now=0.0)
+    send(ledger, Cost(), 0.25)
+    assert ledger.next_expiry(0.25) == 0.25 + SPAN
+    assert ledger.requests_used == 1
+
+
+# -- limits and guards that change -----------------------------------------------------------------------------------
+
+
+def test_a_limit_that_is_learnt_binds_from_then_on() -> None:
+    ledger = Ledger()
+    early = send(ledger, Cost(1, 10, 10), 0.0)
+    ledger.set_limit("requests", 1)
+    assert ledger.bounded
+    early.settle(Cost(1, 90, 5), now=1.0)
+    assert (ledger.requests_used, ledger.output_used) == (0, 5), "what went before was not written down"
+    assert send(ledger, Cost(), 1.0) is not None
+    assert ledger.reserve(Cost(), now=1.0) is None
+    ledger.set_limit("requests", None)
+    assert not ledger.bounded
+    assert ledger.reserve(Cost(), now=1.0) is not None
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_each_limit_can_be_read_and_set(dimension: Dimension) -> None:
+    ledger = Ledger()
+    ledger.set_limit(dimension, 7)
+    assert {each: ledger.limit(each) for each in DIMENSIONS} == dict.fromkeys(DIMENSIONS, None) | {dimension: 7}
+
+
+def test_a_longer_guard_counts_for_what_is_sent_from_then_on() -> None:
+    ledger = Ledger(requests=5, window=WINDOW, guard=GUARD)
+    send(ledger, Cost(), 0.0)
+    ledger.guard = 1.0
+    send(ledger, Cost(), 0.5)
+    ledger.guard = GUARD
+    send(ledger, Cost(), 1.0)
+    assert ledger.guard == GUARD
+    assert ledger.next_expiry(1.0) == SPAN
+    assert ledger.next_expiry(SPAN) == 0.5 + WINDOW + 1.0
+    assert ledger.requests_used == 2, "whoever is behind a longer one waits for it"
+
+
+# -- who may pass ----------------------------------------------------------------------------------------------------
+
+
+def test_whoever_can_never_go_is_not_waited_for() -> None:
+    assert Ledger(requests=1).leaves_room(Cost(2), Cost(1), now=0.0)
