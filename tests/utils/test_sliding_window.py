@@ -876,6 +876,13 @@ def test_less_is_taken_off_everything_that_was_known_of_others() -> None:
     assert ledger.foreign.requests == ledger.requests_used == 0
 
 
+def test_of_others_nothing_can_be_taken_that_was_not_known() -> None:
+    ledger = Ledger(requests=10, input_tokens=10)
+    ledger.add_foreign("input_tokens", 5, now=0.0)
+    ledger.add_foreign("requests", -5, now=0.0)
+    assert repr(ledger) == "<Ledger requests 0/10, input 5/10, output 0 + 0 open>"
+
+
 # -- what was sent of late -------------------------------------------------------------------------------------------
 
 

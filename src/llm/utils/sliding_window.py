@@ -332,8 +332,8 @@ class Ledger:
         """
         self.expire(now)
         log = self._foreign
-        if change < 0:
-            known: int = getattr(self.foreign, dimension)
+        known: int = getattr(self.foreign, dimension)
+        if change < 0 < known:
             keep = max(0, known + change)
             seen = 0
             for entry in log:
