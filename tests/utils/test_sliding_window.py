@@ -865,6 +865,40 @@ def test_a_request_that_has_not_left_is_not_postponed() -> None:
 # -- what others use -------------------------------------------------------------------------------------------------
 
 
+def test_what_others_used_goes_evenly_over_a_window() -> None:
+    ledger = Ledger(requests=100, window=60.0, guard=GUARD)
+    ledger.add_foreign("requests", 60, now=0.0)
+    known = []
+    for second in range(0, 65, 5):
+        ledger.expire(float(second))
+        known.append(ledger.foreign.requests)
+        assert ledger.requests_used == ledger.foreign.requests
+    # The first at 1 s: a guard late, and rounded to steps of a second.
+    assert known == [60, 55, 50, 45, 40, 35, 30, 25, 20, 15, 10, 5, 0]
+    ledger.expire(62.0)
+    assert ledger.foreign.requests == 0
+
+
+@given(st.lists(st.tuples(ticks, st.sampled_from(DIMENSIONS), st.integers(1, 200), st.floats(0.0, 3.0)), max_size=20))
+def test_what_is_learnt_of_others_adds_up_and_is_gone_a_window_later(
+    plan: list[tuple[float, Dimension, int, float]],
+) -> None:
+    """However long the guard is meanwhile."""
+    ledger = Ledger(requests=100, window=WINDOW, guard=GUARD)
+    now = 0.0
+    for seconds, dimension, change, guard in plan:
+        now += seconds
+        ledger.guard = guard
+        ledger.expire(now)
+        before = getattr(ledger.foreign, dimension)
+        ledger.add_foreign(dimension, change, now=now)
+        assert getattr(ledger.foreign, dimension) == before + change
+        assert len(ledger._foreign) <= 90
+    ledger.expire(now + WINDOW + 3.0 + 2 * WINDOW / 60)
+    assert ledger.foreign == type(ledger.foreign)(inf)
+    assert [ledger.used(dimension) for dimension in DIMENSIONS] == [0, 0, 0, 0]
+
+
 def test_less_is_taken_off_everything_that_was_known_of_others() -> None:
     ledger = Ledger(requests=1000, window=60.0, guard=0.0)
     ledger.add_foreign("requests", 600, now=0.0)

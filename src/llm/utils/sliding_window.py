@@ -344,7 +344,8 @@ class Ledger:
                 setattr(entry, dimension, amount)
                 self._count_foreign(entry, 1)
         elif change > 0:
-            step = self.span / FOREIGN_STEPS
+            # Of the window and not of the span: when the guard changes, what is in the log stays in its slots.
+            step = self._window / FOREIGN_STEPS
             # Like everything else it counts a guard longer, and half a step, for what rounding to steps may gain.
             first = int((now + self.guard) / step + 0.5) + 1
             slots = {round(entry.expiry / step): entry for entry in log}
