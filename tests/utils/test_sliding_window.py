@@ -862,6 +862,19 @@ def test_a_request_that_has_not_left_is_not_postponed() -> None:
     assert ledger.next_expiry(2.0) == SPAN
 
 
+def test_a_request_that_waits_under_a_guard_made_shorter_stands_behind_those_before_it() -> None:
+    """Else what is behind it would expire before it, and be seen late."""
+    ledger = Ledger(requests=5, window=WINDOW, guard=GUARD)
+    waiting = ledger.reserve(Cost(), now=0.0)
+    assert waiting is not None
+    ledger.guard = 3.0
+    send(ledger, Cost(), 8.0)
+    ledger.guard = GUARD
+    ledger.expire(SPAN)
+    expiries = [entry.expiry for entry in ledger._log]
+    assert expiries == sorted(expiries)
+
+
 # -- what others use -------------------------------------------------------------------------------------------------
 
 

@@ -295,7 +295,8 @@ class Ledger:
             entry = log.popleft()
             if entry.held:
                 # It waits for its connection to this moment, and will be counted a window from its departure.
-                entry.expiry = now + self.span
+                # After what was sent under a longer guard: the order is kept.
+                entry.expiry = max(now + self.span, log[-1].expiry if log else -inf)
                 log.append(entry)
                 continue
             if entry.expiry == GONE:
