@@ -814,6 +814,17 @@ def test_the_vendors_count_changes_nothing_after_the_window() -> None:
     assert ledger.input_used == 0
 
 
+def test_the_vendors_count_also_reaches_what_is_held_by_another_beyond_its_window() -> None:
+    """Both are one entry; as long as one of them has not left, it counts, and what is changed of it must add up."""
+    ledger = Ledger(input_tokens=100, window=WINDOW, guard=GUARD, grain=0.5)
+    left, held = send(ledger, Cost(1, 10), 0.0), ledger.reserve(Cost(1, 5), now=0.0)
+    assert held is not None
+    left.correct(input_tokens=20, tokens=0, now=SPAN)
+    left.settle(NOTHING, now=SPAN)
+    held.settle(NOTHING, now=SPAN)
+    assert (ledger.requests_used, ledger.input_used) == (0, 0)
+
+
 # -- when a request arrived ------------------------------------------------------------------------------------------
 
 

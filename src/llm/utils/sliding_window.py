@@ -562,6 +562,9 @@ class Reservation(msgspec.Struct, gc=False):
         ledger, entry = self.ledger, self.entry
         if self.settled:
             return
+        if now >= ledger._due:
+            # What is held by others beyond its time still counts, and is to be corrected.
+            ledger.expire(now)
         if entry.expiry > now:
             ledger._amend(entry, 0, input_tokens - self.input_tokens, tokens - self.tokens)
         self.input_tokens, self.tokens = input_tokens, tokens
