@@ -825,6 +825,12 @@ def test_the_vendors_count_also_reaches_what_is_held_by_another_beyond_its_windo
     assert (ledger.requests_used, ledger.input_used) == (0, 0)
 
 
+def test_a_count_of_the_prompt_below_nothing_makes_no_capacity() -> None:
+    ledger = Ledger(input_tokens=100, tokens=200)
+    send(ledger, Cost(1, 40, 0, 50), 0.0).correct(input_tokens=-5, tokens=-5, now=1.0)
+    assert (ledger.input_used, ledger.tokens_used) == (0, 0)
+
+
 # -- when a request arrived ------------------------------------------------------------------------------------------
 
 

@@ -562,6 +562,8 @@ class Reservation(msgspec.Struct, gc=False):
         ledger, entry = self.ledger, self.entry
         if self.settled:
             return
+        # As in a settlement: a figure below nothing would be capacity that does not exist.
+        input_tokens, tokens = max(0, input_tokens), max(0, tokens)
         if now >= ledger._due:
             # What is held by others beyond its time still counts, and is to be corrected.
             ledger.expire(now)
