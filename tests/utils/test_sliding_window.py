@@ -879,6 +879,14 @@ def test_a_request_that_has_not_left_is_not_postponed() -> None:
     assert ledger.next_expiry(2.0) == SPAN
 
 
+def test_a_request_that_arrived_late_did_so_in_every_window() -> None:
+    minute, burst = Ledger(requests=5, window=WINDOW, guard=GUARD), Ledger(requests=5, window=4.0, guard=0.0)
+    reservation, reservation_of_burst = send(minute, Cost(), 0.0), send(burst, Cost(), 0.0)
+    reservation.also = reservation_of_burst
+    reservation.postpone(2.0, now=2.0)
+    assert (minute.next_expiry(2.0), burst.next_expiry(2.0)) == (2.0 + SPAN, 6.0)
+
+
 def test_a_request_that_waits_under_a_guard_made_shorter_stands_behind_those_before_it() -> None:
     """Else what is behind it would expire before it, and be seen late."""
     ledger = Ledger(requests=5, window=WINDOW, guard=GUARD)

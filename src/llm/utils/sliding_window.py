@@ -589,6 +589,8 @@ class Reservation(msgspec.Struct, gc=False):
 
     def postpone(self, arrived: float, *, now: float) -> None:
         """The request may have arrived only at the instant *arrived*: it counts a window from then."""
+        if self.also is not None:
+            self.also.postpone(arrived, now=now)
         ledger, entry = self.ledger, self.entry
         expiry = arrived + ledger._window
         if self.settled or not self.left or not now < entry.expiry < expiry:
