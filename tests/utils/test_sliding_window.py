@@ -958,6 +958,20 @@ def test_of_others_nothing_can_be_taken_that_was_not_known() -> None:
 # -- what was sent of late -------------------------------------------------------------------------------------------
 
 
+def test_what_was_sent_and_produced_of_late_is_told() -> None:
+    ledger = Ledger(requests=10, output_tokens=100, window=WINDOW, guard=GUARD, output_counts=True)
+    first, refunded, second = (send(ledger, Cost(1, 10, 5, 10), at) for at in (0.0, 1.0, 2.0))
+    first.produced(7, mean=0, variance=0.0, now=1.0)
+    second.produced(9, mean=0, variance=0.0, now=3.0)
+    refunded.settle(NOTHING, now=3.0)
+    ledger.add_foreign("requests", 5, now=3.0)
+    assert ledger.recent(-1.0) == (2, 20, 16, 36)
+    assert ledger.recent(0.0) == (1, 10, 16, 26)
+    assert ledger.recent(0.75) == (1, 10, 16, 26), "output counts no guard"
+    assert ledger.recent(1.0) == (1, 10, 9, 19)
+    assert ledger.recent(3.0) == (0, 0, 0, 0)
+
+
 # -- looking ahead ---------------------------------------------------------------------------------------------------
 
 

@@ -382,7 +382,8 @@ class Ledger:
             input_tokens += entry.input_tokens
             tokens += entry.tokens
         for entry in reversed(self._produced):
-            if entry.expiry <= expiry:
+            # These count no guard.
+            if entry.expiry <= since + self._window:
                 break
             output_tokens += entry.output_tokens
             tokens += entry.tokens
