@@ -1102,5 +1102,33 @@ def test_a_longer_guard_counts_for_what_is_sent_from_then_on() -> None:
 # -- who may pass ----------------------------------------------------------------------------------------------------
 
 
+@given(
+    limits=st.tuples(limits, limits, limits, limits),
+    output_counts=st.booleans(),
+    plan=sends,
+    foreign=st.integers(0, 6),
+    head=four_costs,
+    cost=four_costs,
+)
+def test_who_may_pass_does_not_delay_the_head_and_who_may_not_would(
+    limits: tuple[int | None, int | None, int | None, int | None],
+    output_counts: bool,
+    plan: list[tuple[float, Cost, int]],
+    foreign: int,
+    head: Cost,
+    cost: Cost,
+) -> None:
+    ledger = of_limits(limits, output_counts=output_counts)
+    now = fill(ledger, plan)
+    ledger.add_foreign("tokens", foreign, now=now)
+    wait = time_until([ledger], head, now=now)
+    passed = deepcopy(ledger)
+    reservation = passed.reserve(cost, now=now)
+    assume(wait < inf and reservation is not None)
+    # Until it has ended it counts as what it was expected to be.
+    on_time = passed.reserve(head, now=now + wait + 1e-9) is not None
+    assert ledger.leaves_room(head, cost, now=now) == on_time
+
+
 def test_whoever_can_never_go_is_not_waited_for() -> None:
     assert Ledger(requests=1).leaves_room(Cost(2), Cost(1), now=0.0)

@@ -395,12 +395,12 @@ class Ledger:
         if wait == inf:
             return True
         then = now + wait
-        for dimension in DIMENSIONS:
+        for dimension, of_head, of_cost in zip(DIMENSIONS, _asked(self, head), _asked(self, cost), strict=True):
             limit, used = _state(self, dimension)
-            if limit is None:
+            if limit is None or not of_cost:
                 continue
             back = sum(amount for expiry, amount in _returns(self, dimension, 0) if expiry <= then)
-            if getattr(cost, dimension) > limit - used + back - getattr(head, dimension):
+            if of_cost > limit - used + back - of_head:
                 return False
         return True
 
@@ -669,13 +669,20 @@ def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, 
 def _alone(ledger: Ledger, cost: Cost, now: float) -> float:
     if ledger.too_large(cost):
         return inf
-    output = cost.output_tokens if ledger.output_limit is None else min(cost.output_tokens, ledger.output_limit)
     return max(
-        _together((ledger,), "requests", cost.requests, now),
-        _together((ledger,), "input_tokens", cost.input_tokens, now),
-        _together((ledger,), "output_tokens", output, now),
-        _together((ledger,), "tokens", cost.tokens, now),
+        _together((ledger,), dimension, need, now)
+        for dimension, need in zip(DIMENSIONS, _asked(ledger, cost), strict=True)
     )
+
+
+def _asked(ledger: Ledger, cost: Cost) -> tuple[int, int, int, int]:
+    """What has to be free for *cost*, by :data:`DIMENSIONS`: a guess of output asks for no more than there can be."""
+    output, tokens = cost.output_tokens, cost.tokens
+    if ledger.output_limit is not None:
+        output = min(output, ledger.output_limit)
+    if ledger.output_counts and ledger.token_limit is not None:
+        tokens = max(tokens, min(tokens + output, ledger.token_limit))
+    return cost.requests, cost.input_tokens, output, tokens
 
 
 def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: float) -> float:
