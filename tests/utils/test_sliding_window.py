@@ -1032,6 +1032,15 @@ def test_what_others_produced_and_will_have_expired_is_free_too() -> None:
     assert ledger.reserve(Cost(1, 0, 400), now=0.0) is not None, "30 are overbooked, and some 280 gone in 20 s"
 
 
+def test_the_wait_is_that_until_output_may_be_promised() -> None:
+    """Else a deadline would be called hopeless that can be met."""
+    ledger = ahead(speed=100.0)
+    assert time_until([ledger], Cost(1, 0, 140), now=5.0) == pytest.approx(WINDOW - 1.4 - 5.0)
+    assert time_until([ledger], Cost(1, 0, 130), now=5.0) == 0.0
+    send(ledger, Cost(1, 0, 100), 5.0).settle(Cost(1, 0, 100), now=5.0)
+    assert time_until([ledger], Cost(1, 0, 140), now=5.0) == WINDOW - 5.0, "something has to be free"
+
+
 # -- coalescing ------------------------------------------------------------------------------------------------------
 
 

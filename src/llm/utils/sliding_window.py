@@ -654,7 +654,7 @@ def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, 
     """
     for ledger in ledgers:
         ledger.expire(now)
-    seconds = min((_alone(ledger, cost, now) for ledger in ledgers), default=inf)
+    seconds = min((_alone(ledger, cost, now, looking_ahead=ledger.speed) for ledger in ledgers), default=inf)
     if ahead.requests or ahead.input_tokens or ahead.output_tokens or ahead.tokens:
         pooled = (
             _together(ledgers, "requests", cost.requests + ahead.requests, now),
@@ -666,13 +666,26 @@ def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, 
     return seconds
 
 
-def _alone(ledger: Ledger, cost: Cost, now: float) -> float:
+def _alone(ledger: Ledger, cost: Cost, now: float, *, looking_ahead: float = 0.0) -> float:
+    """*looking_ahead* is the speed, in tokens a second, with which it is reckoned when output will be produced."""
     if ledger.too_large(cost):
         return inf
-    return max(
-        _together((ledger,), dimension, need, now)
-        for dimension, need in zip(DIMENSIONS, _asked(ledger, cost), strict=True)
-    )
+    asked = _asked(ledger, cost)
+    seconds = 0.0
+    for dimension, need in zip(DIMENSIONS, asked, strict=True):
+        wait = _together((ledger,), dimension, need, now)
+        if wait > seconds and looking_ahead and dimension in _PRODUCED:
+            # Of what is paid at once a token more has to be free now; and the rest when it is produced.
+            paid = cost.tokens if dimension == "tokens" else 0
+            promised = need - int(((ledger.limit(dimension) or 0) - paid) * OVERBOOKED)
+            ahead = ledger.lead + asked[2] / looking_ahead
+            some, most = (_together((ledger,), dimension, part, now) for part in (paid + 1, promised))
+            wait = min(wait, max(some, most - ahead))
+        seconds = max(seconds, wait)
+    return seconds
+
+
+_PRODUCED: tuple[Dimension, ...] = ("output_tokens", "tokens")
 
 
 def _asked(ledger: Ledger, cost: Cost) -> tuple[int, int, int, int]:
