@@ -715,7 +715,8 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
         return inf
     # Whole windows first: in each, everything that was admitted goes, and as much can be admitted again.
     windows, rest = divmod(need - 1, total)
-    shortest = min(ledger.span for ledger in ledgers)
+    spans = [ledger._window if dimension == "output_tokens" else ledger.span for ledger in ledgers]
+    shortest = min(spans)
     seconds = windows * shortest
     rest += 1 - free
     if rest > 0:
@@ -729,10 +730,10 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
             if rest <= 0:
                 seconds += expiry - now
                 break
-    if any(ledger.span != shortest for ledger in ledgers):
+    if any(span != shortest for span in spans):
         # Of windows of several lengths the shortest come round more often than this has counted; but never does more
         # come back than each ledger's limit a window.
-        rate = sum((_state(ledger, dimension)[0] or 0) / ledger.span for ledger in ledgers)
+        rate = sum((_state(ledger, dimension)[0] or 0) / span for ledger, span in zip(ledgers, spans, strict=True))
         seconds = max(min(seconds, (windows + 1) * shortest), (need - total) / rate)
     return seconds
 
