@@ -470,8 +470,6 @@ class Ledger:
         self.tokens_used += combined
         if log:
             last = log[-1]
-            if last.expiry > expiry:
-                expiry = last.expiry
             if now < self._output_grain_ends:
                 last.expiry = expiry
                 last.output_tokens += amount
