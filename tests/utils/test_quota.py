@@ -595,6 +595,19 @@ def test_a_request_that_did_not_go_after_all_is_not_counted_by_a_slow_start() ->
     assert limited.fill(0.0) == 1
 
 
+def test_a_slow_start_takes_no_harm_from_requests_of_before_it_that_do_not_go() -> None:
+    limited = rig(slow_start=True)
+    limited.send(0.0)
+    limited.quota.accepted(0.0)
+    waiting = [limited.quota.reserve(Cost(), now=1.0) for _ in range(3)]
+    limited.refuse(0.5, 2.0)
+    for reservation in waiting:
+        assert reservation is not None
+        limited.quota.settle(reservation, NOTHING, now=2.0)
+    assert limited.quota.opens_at(2.5) > 2.5
+    assert limited.fill(limited.quota.paused_until) == 1
+
+
 def test_a_slow_start_begins_again_after_a_refusal_that_the_books_do_not_explain() -> None:
     limited = rig(slow_start=True, requests_per_minute=100)
     limited.send(0.0)
