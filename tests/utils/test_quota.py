@@ -791,3 +791,21 @@ def begin(limited: Rig, sent_at: float, seconds: float) -> None:
 
 
 # -- another loop ----------------------------------------------------------------------------------------------------
+
+
+def test_on_another_loop_what_was_used_and_open_stays_used() -> None:
+    limited = rig(requests_per_minute=100, output_tokens_per_minute=1000, requests_per_day=50, concurrent_requests=3)
+    reservations = [limited.send(0.0, Cost(1, 0, 100)) for _ in range(3)]
+    limited.refuse(0.0, 0.5)
+    limited.quota.streams.add("somebody")
+    limited.quota.start_afresh(1.0)
+    assert (limited.quota.in_flight, limited.quota.streams) == (0, set())
+    assert (limited.quota.ledger.used("requests"), limited.quota.ledger.used("output_tokens")) == (3, 300)
+    assert [limited.quota.ledger.open_output, limited.quota.ledger.open_count] == [0, 0]
+    # Whoever is settled late, by a finaliser, is not counted twice.
+    for reservation in reservations:
+        limited.quota.settle(reservation, Cost(1, 0, 900), now=2.0)
+    assert limited.quota.in_flight == 0
+    assert limited.quota.ledger.used("output_tokens") == 300
+    assert limited.fill(2.0) == 3
+    assert limited.quota.reserve(Cost(), now=2.0) is None, "three at once, as before"
