@@ -46,8 +46,8 @@ class SlowStart:
         self._sent += 1
 
     def withdrawn(self) -> None:
-        """One of them has not gone after all."""
-        self._sent -= 1
+        """One has not gone after all; of those before the beginning nothing is known here."""
+        self._sent = max(0, self._sent - 1)
 
     def opens_at(self) -> float:
         """The instant from which one more may go."""

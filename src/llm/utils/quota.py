@@ -205,9 +205,11 @@ class Quota:
         """What was reserved has cost *actual*."""
         if reservation.settled:
             return
-        if self._start is not None and not actual.requests:
-            self._start.withdrawn()
-        self.in_flight -= 1
+        if reservation.ledger is self.ledger:
+            # One from before a fresh start was counted as spent then.
+            if self._start is not None and not actual.requests:
+                self._start.withdrawn()
+            self.in_flight -= 1
         reservation.settle(actual, now=now, until=until)
 
     def too_large(self, cost: Cost) -> tuple[str, int, int] | None:

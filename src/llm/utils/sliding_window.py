@@ -295,7 +295,8 @@ class Ledger:
             entry = log.popleft()
             if entry.held:
                 # It waits for its connection to this moment, and will be counted a window from its departure.
-                entry.expiry = now + self.span
+                # After what was sent under a longer guard: the order is kept.
+                entry.expiry = max(now + self.span, log[-1].expiry if log else -inf)
                 log.append(entry)
                 continue
             if entry.expiry == GONE:
@@ -332,8 +333,8 @@ class Ledger:
         """
         self.expire(now)
         log = self._foreign
-        if change < 0:
-            known: int = getattr(self.foreign, dimension)
+        known: int = getattr(self.foreign, dimension)
+        if change < 0 < known:
             keep = max(0, known + change)
             seen = 0
             for entry in log:
@@ -344,7 +345,8 @@ class Ledger:
                 setattr(entry, dimension, amount)
                 self._count_foreign(entry, 1)
         elif change > 0:
-            step = self.span / FOREIGN_STEPS
+            # Of the window and not of the span: when the guard changes, what is in the log stays in its slots.
+            step = self._window / FOREIGN_STEPS
             # Like everything else it counts a guard longer, and half a step, for what rounding to steps may gain.
             first = int((now + self.guard) / step + 0.5) + 1
             slots = {round(entry.expiry / step): entry for entry in log}
@@ -380,7 +382,8 @@ class Ledger:
             input_tokens += entry.input_tokens
             tokens += entry.tokens
         for entry in reversed(self._produced):
-            if entry.expiry <= expiry:
+            # These count no guard.
+            if entry.expiry <= since + self._window:
                 break
             output_tokens += entry.output_tokens
             tokens += entry.tokens
@@ -392,12 +395,12 @@ class Ledger:
         if wait == inf:
             return True
         then = now + wait
-        for dimension in DIMENSIONS:
+        for dimension, of_head, of_cost in zip(DIMENSIONS, _asked(self, head), _asked(self, cost), strict=True):
             limit, used = _state(self, dimension)
-            if limit is None:
+            if limit is None or not of_cost:
                 continue
             back = sum(amount for expiry, amount in _returns(self, dimension, 0) if expiry <= then)
-            if getattr(cost, dimension) > limit - used + back - getattr(head, dimension):
+            if of_cost > limit - used + back - of_head:
                 return False
         return True
 
@@ -467,8 +470,6 @@ class Ledger:
         self.tokens_used += combined
         if log:
             last = log[-1]
-            if last.expiry > expiry:
-                expiry = last.expiry
             if now < self._output_grain_ends:
                 last.expiry = expiry
                 last.output_tokens += amount
@@ -560,6 +561,11 @@ class Reservation(msgspec.Struct, gc=False):
         ledger, entry = self.ledger, self.entry
         if self.settled:
             return
+        # As in a settlement: a figure below nothing would be capacity that does not exist.
+        input_tokens, tokens = max(0, input_tokens), max(0, tokens)
+        if now >= ledger._due:
+            # What is held by others beyond its time still counts, and is to be corrected.
+            ledger.expire(now)
         if entry.expiry > now:
             ledger._amend(entry, 0, input_tokens - self.input_tokens, tokens - self.tokens)
         self.input_tokens, self.tokens = input_tokens, tokens
@@ -582,6 +588,8 @@ class Reservation(msgspec.Struct, gc=False):
 
     def postpone(self, arrived: float, *, now: float) -> None:
         """The request may have arrived only at the instant *arrived*: it counts a window from then."""
+        if self.also is not None:
+            self.also.postpone(arrived, now=now)
         ledger, entry = self.ledger, self.entry
         expiry = arrived + ledger._window
         if self.settled or not self.left or not now < entry.expiry < expiry:
@@ -644,7 +652,7 @@ def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, 
     """
     for ledger in ledgers:
         ledger.expire(now)
-    seconds = min((_alone(ledger, cost, now) for ledger in ledgers), default=inf)
+    seconds = min((_alone(ledger, cost, now, looking_ahead=ledger.speed) for ledger in ledgers), default=inf)
     if ahead.requests or ahead.input_tokens or ahead.output_tokens or ahead.tokens:
         pooled = (
             _together(ledgers, "requests", cost.requests + ahead.requests, now),
@@ -656,16 +664,36 @@ def time_until(ledgers: Sequence[Ledger], cost: Cost, ahead: Cost = NOTHING, *, 
     return seconds
 
 
-def _alone(ledger: Ledger, cost: Cost, now: float) -> float:
+def _alone(ledger: Ledger, cost: Cost, now: float, *, looking_ahead: float = 0.0) -> float:
+    """*looking_ahead* is the speed, in tokens a second, with which it is reckoned when output will be produced."""
     if ledger.too_large(cost):
         return inf
-    output = cost.output_tokens if ledger.output_limit is None else min(cost.output_tokens, ledger.output_limit)
-    return max(
-        _together((ledger,), "requests", cost.requests, now),
-        _together((ledger,), "input_tokens", cost.input_tokens, now),
-        _together((ledger,), "output_tokens", output, now),
-        _together((ledger,), "tokens", cost.tokens, now),
-    )
+    asked = _asked(ledger, cost)
+    seconds = 0.0
+    for dimension, need in zip(DIMENSIONS, asked, strict=True):
+        wait = _together((ledger,), dimension, need, now)
+        if wait > seconds and looking_ahead and dimension in _PRODUCED:
+            # Of what is paid at once a token more has to be free now; and the rest when it is produced.
+            paid = cost.tokens if dimension == "tokens" else 0
+            promised = need - int(((ledger.limit(dimension) or 0) - paid) * OVERBOOKED)
+            ahead = ledger.lead + asked[2] / looking_ahead
+            some, most = (_together((ledger,), dimension, part, now) for part in (paid + 1, promised))
+            wait = min(wait, max(some, most - ahead))
+        seconds = max(seconds, wait)
+    return seconds
+
+
+_PRODUCED: tuple[Dimension, ...] = ("output_tokens", "tokens")
+
+
+def _asked(ledger: Ledger, cost: Cost) -> tuple[int, int, int, int]:
+    """What has to be free for *cost*, by :data:`DIMENSIONS`: a guess of output asks for no more than there can be."""
+    output, tokens = cost.output_tokens, cost.tokens
+    if ledger.output_limit is not None:
+        output = min(output, ledger.output_limit)
+    if ledger.output_counts and ledger.token_limit is not None:
+        tokens = max(tokens, min(tokens + output, ledger.token_limit))
+    return cost.requests, cost.input_tokens, output, tokens
 
 
 def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: float) -> float:
@@ -685,7 +713,8 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
         return inf
     # Whole windows first: in each, everything that was admitted goes, and as much can be admitted again.
     windows, rest = divmod(need - 1, total)
-    shortest = min(ledger.span for ledger in ledgers)
+    spans = [ledger._window if dimension == "output_tokens" else ledger.span for ledger in ledgers]
+    shortest = min(spans)
     seconds = windows * shortest
     rest += 1 - free
     if rest > 0:
@@ -709,10 +738,10 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
                 if rest <= 0:
                     seconds += expiry - now
                     break
-    if any(ledger.span != shortest for ledger in ledgers):
+    if any(span != shortest for span in spans):
         # Of windows of several lengths the shortest come round more often than this has counted; but never does more
         # come back than each ledger's limit a window.
-        rate = sum((_state(ledger, dimension)[0] or 0) / ledger.span for ledger in ledgers)
+        rate = sum((_state(ledger, dimension)[0] or 0) / span for ledger, span in zip(ledgers, spans, strict=True))
         seconds = max(min(seconds, (windows + 1) * shortest), (need - total) / rate)
     return seconds
 
