@@ -354,7 +354,7 @@ def taken(manager: LLMManager) -> dict[str, int]:
         found["queued"] += status["queued"]
     for limits in told["limits"].values():
         for groups in limits["quotas"].values():
-            found["output"] += sum(quota["output_tokens"]["reserved"] for quota in groups.values())
+            found["reservations"] += sum(quota["under_way"] for quota in groups.values())
     return dict(found)
 
 

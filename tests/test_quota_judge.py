@@ -20,6 +20,7 @@ from llm.core.stream import ResponseStream
 from llm.core.types import SettledCallback
 from llm.middleware.base import Call, Handler, Reply
 from llm.middleware.stack import Layer
+from llm.utils.quota import Quota
 
 BENCH = Path(__file__).parent.parent / "bench"
 # The scripts of bench import each other by their bare names.
@@ -240,7 +241,9 @@ def negative_guard(configured: LLMSettings) -> LLMSettings:
 
 
 @pytest.mark.parametrize("fault", [one_too_high, negative_guard])
-def test_a_client_that_counts_wrongly_is_caught_by_its_429s(fault: object) -> None:
+def test_a_client_that_counts_wrongly_is_caught_by_its_429s(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also headers are kept from it: they would tell it what is wrong with its limits."""
+    monkeypatch.setattr(Quota, "observe", lambda *args, **facts: False)
     assert callable(fault)
     assert judged(configured=fault(quota.settings(SMALL))).refused > 0
 
@@ -299,8 +302,12 @@ def test_an_unpaid_retry_is_caught_by_its_429s() -> None:
     assert judged(row, arrange=lambda layers: [*layers, Layer("unpaid", unpaid)]).refused > 0
 
 
-def test_a_client_without_limits_overruns_every_kind_of_server() -> None:
-    """Each kind of server says no on the wire, in the words of its dialect, and the client hears it."""
+def test_a_client_without_limits_overruns_every_kind_of_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of server says no on the wire, in the words of its dialect, and the client hears it.
+
+    But for the headers, by which it would learn the limits that it was not given.
+    """
+    monkeypatch.setattr(Quota, "observe", lambda *args, **facts: False)
     for kind in KINDS:
         row = SMALL._replace(kind=kind, load=workloads.Steady(600.0))
         free = quota.settings(row._replace(keys=(servers.Quota(),)))

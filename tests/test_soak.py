@@ -49,7 +49,7 @@ def test_each_thing_that_is_left_behind_is_noticed(tmp_path: Path) -> None:
         "1 calls untyped",
         grown,
         "1 clients taken after the last call",
-        "10 output taken after the last call",
+        "1 reservations taken after the last call",
         "1 tasks left after closing",
         "1 descriptors left after closing",
         "1 requests uncounted",

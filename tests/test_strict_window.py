@@ -25,6 +25,7 @@ from llm.core.settings import LLMSettings, RateLimiterSettings
 from llm.middleware.base import Call, Handler, Reply
 from llm.testing.journal import Arrival, check_window, peak
 from llm.testing.process import SimulatorProcess
+from llm.utils.quota import Quota
 
 KEYS = ("key-1", "key-2", "key-3")
 
@@ -136,7 +137,9 @@ def test_short_windows_are_full_and_never_overfull() -> None:
 
 
 @pytest.mark.parametrize("mistake", [{"ours": 21}, {"guard": -0.5}], ids=["a limit one too high", "a guard below zero"])
-def test_the_check_catches(mistake: dict[str, Any]) -> None:
+def test_the_check_catches(mistake: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With headers kept from the client: they would tell it the limit."""
+    monkeypatch.setattr(Quota, "observe", lambda *args, **facts: False)
     journal = journal_of(limit=20, window=2.0, seconds=3.0, calls=150, **mistake)
 
     assert overfull(journal, 20, 2.0) > 0

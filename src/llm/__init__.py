@@ -31,6 +31,7 @@ from .core.settings import LLMSettings, ProviderSettings, Secret
 from .core.stream import ResponseStream
 from .core.types import (
     CallOptions,
+    Estimate,
     LLMResponse,
     Message,
     MessageRole,
@@ -60,6 +61,7 @@ __all__ = [
     "Call",
     "CallOptions",
     "Context",
+    "Estimate",
     "Events",
     "Handler",
     "LLMAuthenticationError",

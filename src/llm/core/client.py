@@ -19,6 +19,7 @@ from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestEr
 from .stream import ResponseStream
 from .types import (
     CallOptions,
+    Estimate,
     LLMResponse,
     Message,
     MessageRole,
@@ -71,7 +72,7 @@ class Home:
 class Pipeline:
     """One provider's layers as a client sees them: a handler, and what it takes to make a call of a request."""
 
-    __slots__ = ("aliases", "clock", "events", "handler", "home", "name", "new_id")
+    __slots__ = ("_estimate", "aliases", "clock", "events", "handler", "home", "name", "new_id")
 
     def __init__(
         self,
@@ -83,7 +84,9 @@ class Pipeline:
         new_id: Callable[[], str],
         aliases: Mapping[str, str],
         home: Home,
+        estimate: Callable[[Request, str | None], Awaitable[Estimate]],
     ) -> None:
+        self._estimate = estimate
         self.name = name
         self.handler = handler
         self.clock = clock
@@ -91,6 +94,12 @@ class Pipeline:
         self.new_id = new_id
         self.aliases = aliases
         self.home = home
+
+    def estimate(self, request: Request, model: str | None) -> Awaitable[Estimate]:
+        """What *request* would take, on the loop that is running."""
+        if (loop := get_running_loop()) is not self.home.loop:
+            self.home.enter(loop)
+        return self._estimate(request, self.aliases.get(model, model) if model is not None else None)
 
     def call(self, request: Request, model: str | None) -> Call:
         """The record of a new call, on the loop that is running."""
@@ -210,6 +219,19 @@ class LLMClient:
         """
         request = Request(read_messages(messages), "", read_options(self._defaults, options), True)
         return StreamingCall(self._pipeline, request, model or self.model)
+
+    async def estimate(
+        self, messages: Sequence[Message] | str, *, model: str | None = None, **options: Unpack[CallOptions]
+    ) -> Estimate:
+        """What a call would take and how long it would wait if it were made now. Nothing is sent or reserved.
+
+        Raises:
+            LLMInvalidRequestError: the request itself is at fault.
+            LLMRequestTooLargeError: no key could ever take it.
+            LLMException: every key that could take it is out of use.
+        """
+        request = Request(read_messages(messages), "", read_options(self._defaults, options), False)
+        return await self._pipeline.estimate(request, model or self.model)
 
     async def __aenter__(self) -> Self:
         return self

@@ -336,6 +336,7 @@ class LLMManager:
             new_id=self._new_id,
             aliases=settings.model_aliases,
             home=self._home,
+            estimate=limiter.estimate,
         )
         return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, pipeline)
 

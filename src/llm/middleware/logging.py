@@ -12,7 +12,17 @@ import logging
 from collections.abc import Awaitable
 from functools import partial
 
-from ..core.events import AttemptFailed, CallQueued, Event, Events, KeyParked, KeyPaused, KeyRestored
+from ..core.events import (
+    AttemptFailed,
+    CallQueued,
+    Event,
+    Events,
+    KeyParked,
+    KeyPaused,
+    KeyRestored,
+    LimitAdopted,
+    SharedOwner,
+)
 from ..core.exceptions import LLMException
 from ..core.stream import ResponseStream
 from ..core.types import LLMResponse, Settlement, Usage
@@ -40,7 +50,9 @@ class LoggingMiddleware:
         self._events = events if events is not None else Events()
         self._content = content
         self._logger = logger if logger is not None else logging.getLogger("brimful")
-        self._events.listen(self._on_event, AttemptFailed, CallQueued, KeyPaused, KeyParked, KeyRestored)
+        self._events.listen(
+            self._on_event, AttemptFailed, CallQueued, KeyPaused, KeyParked, KeyRestored, LimitAdopted, SharedOwner
+        )
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
         return await self.calls(call, handler)
@@ -145,11 +157,24 @@ class LoggingMiddleware:
                 self._warn(event, f"key {event.key_id} is parked: {event.reason}")
             case KeyRestored():
                 self._warn(event, f"key {event.key_id} works again")
+            case LimitAdopted():
+                text = f"{event.quota} is limited to {event.limit} {event.dimension} a window, as its vendor says"
+                self._tell(logging.INFO, event, text)
+            case SharedOwner():
+                pools = " and ".join(event.pools)
+                self._warn(
+                    event,
+                    f"{pools} answer in the name of {event.owner}, and probably share its limits: "
+                    "give their keys one entry in quota_pools",
+                )
 
     def _warn(self, event: Event, text: str) -> None:
-        if self._logger.isEnabledFor(logging.WARNING):
+        self._tell(logging.WARNING, event, text)
+
+    def _tell(self, level: int, event: Event, text: str) -> None:
+        if self._logger.isEnabledFor(level):
             facts = {name: getattr(event, name) for name in event.__struct_fields__}
-            self._logger.warning("%s: %s", event.call_id or event.provider, text, extra=facts)
+            self._logger.log(level, "%s: %s", event.call_id or event.provider, text, extra=facts)
 
     def _debug_request(self, call: Call) -> None:
         request = call.request

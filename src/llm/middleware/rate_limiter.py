@@ -202,12 +202,8 @@ class RateLimitMiddleware:
         return f"<RateLimitMiddleware: {self._waiting} queued, {len(self._quotas)} quotas>"
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
-        request = call.request
-        if self._estimator.is_slow(request):
-            # An exact tokenizer would hold up everybody else for milliseconds.
-            measure = await asyncio.to_thread(self._estimator.measure, request)
-        else:
-            measure = self._estimator.measure(request)
+        request, estimator = call.request, self._estimator
+        measure = await self._measure(request) if estimator.exact else estimator.measure(request)
         permit = _Permit(self, self._need(request, measure))
         permit.take(call, self._admit(call, permit.need) or await self._wait(call, permit.need))
         call.admission = permit
@@ -255,25 +251,27 @@ class RateLimitMiddleware:
             self._quota_of[key, model] = quota
         return quota
 
-    def estimate(self, request: Request, model: str | None, *, now: float) -> Estimate:
-        """What *request* would cost and how long it would wait if it were asked now; nothing is reserved.
+    async def estimate(self, request: Request, model: str | None) -> Estimate:
+        """What *request* would take and how long it would wait if it were made now; nothing is reserved.
 
         Raises:
-            LLMException: no key can ever take it, as the call itself would be told.
+            LLMException: no key can take it, as the call itself would be told.
         """
-        need = self._need(request, self._estimator.measure(request))
-        options = request.options
-        call = Call("estimate", request, provider=self._name, model=model, started=now)
-        route = self._fitting(call, tuple(self._pool.route(model)), need)
+        need = self._need(request, await self._measure(request))
+        route = tuple(self._pool.route(model))
         self._raise_refusal(route)
-        self._tickets += 1
+        keys = self._fitting(self._name, model, route, need)
+        now, options = self._clock.now(), request.options
         flow = self._fairness.flow(options.priority, options.tenant)
-        cost, _ = self._cost(need, self._model(model, route[0]), self._counting)
-        return Estimate(
-            input_tokens=cost.input_tokens,
-            output_tokens=cost.output_tokens,
-            wait=self._time_until(model, flow, self._tickets, route, need, now),
-        )
+        cost, _ = self._cost(need, self._model(model, keys[0]), self._counting)
+        wait = self._time_until(model, flow, self._tickets + 1, keys, need, now)
+        return Estimate(input_tokens=cost.input_tokens, output_tokens=cost.output_tokens, wait=wait)
+
+    async def _measure(self, request: Request) -> float:
+        if self._estimator.is_slow(request):
+            # An exact tokenizer would hold up everybody else for milliseconds.
+            return await asyncio.to_thread(self._estimator.measure, request)
+        return self._estimator.measure(request)
 
     def statistics(self) -> dict[str, Any]:
         """Who waits, by priority and tenant; and of each quota what is used, reserved, foreign, and what may be."""
@@ -415,11 +413,11 @@ class RateLimitMiddleware:
             finally:
                 del refusal
 
-    def _fitting(self, call: Call, route: tuple[PoolKey, ...], need: Need) -> tuple[PoolKey, ...]:
+    def _fitting(self, provider: str, asked: str | None, route: tuple[PoolKey, ...], need: Need) -> tuple[PoolKey, ...]:
         """The keys of *route* whose limits are not smaller than the call."""
         excess = []
         for key in route:
-            model = self._model(call.model, key)
+            model = self._model(asked, key)
             excess.append(self.quota(key, model).too_large(self._cost(need, model, self._counting)[0]))
         if not any(excess):
             return route
@@ -430,8 +428,8 @@ class RateLimitMiddleware:
         dimension, need_of_it, limit = max((e for e in excess if e is not None), key=lambda e: e[2])
         raise LLMRequestTooLargeError(
             f"the call needs {need_of_it} {dimension} and no key may use more than {limit} in one window",
-            provider=call.provider,
-            model=call.model,
+            provider=provider,
+            model=asked,
             dimension=dimension,
             need=need_of_it,
             limit=limit,
@@ -489,7 +487,7 @@ class RateLimitMiddleware:
         """Let the call wait for the keys that it fits, unless that is hopeless."""
         ticket, options = call.ticket, call.request.options
         assert ticket is not None
-        keys = self._fitting(call, tuple(self._pool.route(call.model)), need)
+        keys = self._fitting(call.provider, call.model, tuple(self._pool.route(call.model)), need)
         flow = self._fairness.flow(options.priority, options.tenant)
         if call.deadline is not None:
             wait = self._time_until(call.model, flow, ticket, keys, need, now)
@@ -984,7 +982,7 @@ class _Permit:
         self._sent_at = now = self._limiter._clock.now()
         if reservation is not None:
             reservation.sent(now)
-            if now >= self.quota.probe_at:
+            if now >= self.quota.probe_at and self._limiter._enabled:
                 self._probe = self.quota.probe(now)
 
     def observe(self, *, limits: ObservedLimits | None = None, usage: Usage | None = None) -> None:
@@ -994,6 +992,8 @@ class _Permit:
             return
         now = limiter._clock.now()
         if limits is not None:
+            if not limiter._enabled:
+                return
             probe, self._probe = self._probe, None
             if probe is None:
                 probe = quota.probe(now, since=self._sent_at)
@@ -1064,7 +1064,7 @@ class _Permit:
         elif sent_at is not None:
             status = error.status if isinstance(error, LLMException) else None
             if status == 429:
-                if isinstance(error, LLMRateLimitError) and error.retryable:
+                if isinstance(error, LLMRateLimitError) and error.retryable and limiter._enabled:
                     quota.refused(
                         sent_at,
                         retry_after=error.retry_after or 0.0,

@@ -174,6 +174,11 @@ class TokenEstimator:
             return overheads + rough_count("".join(texts))
         return overheads + rough_count(sampled(texts)) * length / (SAMPLES * SAMPLE)
 
+    @property
+    def exact(self) -> bool:
+        """Whether there is an exact tokenizer."""
+        return self._tokenizer is not None
+
     def is_slow(self, request: Request) -> bool:
         """Whether :meth:`measure` belongs into a thread: there is an exact tokenizer, and much to count."""
         return self._tokenizer is not None and sum([len(message.content) for message in request.messages]) > LARGE
