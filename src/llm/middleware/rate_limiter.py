@@ -67,7 +67,7 @@ MIN_WAKE = 0.05
 OVERTAKERS = 16
 OVERTAKING_SECONDS = 30.0
 """How often, and for how long, a head may be overtaken by calls that delay it."""
-LOOK_BEHIND = 16
+LOOK_BEHIND = 64
 """Calls behind a blocked head that are looked at."""
 RECHECK_SECONDS = 1.0
 RECHECKED = 16
@@ -657,12 +657,15 @@ class RateLimitMiddleware:
         if head.blocked_since is None:
             head.blocked_since = now
         cost = head.cost
-        keys = [key for key in route.keys if key not in claimed and self._has_a_request(key, head.model, now)]
-        if not keys:
+        keys = [key for key in route.keys if key not in claimed and key.available_at <= now]
+        room = max((self._room(key, head.model) for key in keys), default=0)
+        if room <= 0:
             return
         for waiter in route.behind(head, LOOK_BEHIND):
             other = waiter.cost
-            if other.input_tokens >= cost.input_tokens and other.output_tokens >= cost.output_tokens:
+            if other.input_tokens > room or (
+                other.input_tokens >= cost.input_tokens and other.output_tokens >= cost.output_tokens
+            ):
                 continue
             delaying = head.overtaken < OVERTAKERS and now - head.blocked_since < OVERTAKING_SECONDS
             outcome = self._grant(keys, waiter.model, waiter.need, now, claimed, None if delaying else cost)
@@ -672,9 +675,15 @@ class RateLimitMiddleware:
             elif outcome is _Blocked.BY_CLIENTS:
                 return
 
-    def _has_a_request(self, key: PoolKey, model: str | None, now: float) -> bool:
+    def _room(self, key: PoolKey, model: str | None) -> float:
+        """Input tokens that may be used now, as far as they are limited; 0 if not even a request may be sent."""
         ledger = self.quota(key, self._model(model, key)).ledger
-        return key.available_at <= now and (ledger.request_limit is None or ledger.requests_used < ledger.request_limit)
+        if ledger.request_limit is not None and ledger.requests_used >= ledger.request_limit:
+            return 0
+        return min(
+            inf if ledger.input_limit is None else ledger.input_limit - ledger.input_used,
+            inf if ledger.token_limit is None else ledger.token_limit - ledger.tokens_used,
+        )
 
     def _grant(
         self,
