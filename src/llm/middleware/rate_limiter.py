@@ -81,6 +81,8 @@ RAMP_CODES = frozenset(("slow_down", "ramp_limit_exceeded"))
 PER_BYTE = 0.22
 LEAST_PER_BYTE, MOST_PER_BYTE = 0.1, 1.0
 """Output tokens in a byte of text, before anything is known; and what is believed."""
+LEARN_ALL, LEARN_EVERY = 1000, 0.01
+"""Answers of which each is learnt from, and the seconds between two lessons after them."""
 PULL_SECONDS = 0.25
 """Between two looks at how far the streams are."""
 WEIGHTS: Mapping[Priority, float] = {Priority.HIGH: 8.0, Priority.NORMAL: 3.0, Priority.LOW: 1.0}
@@ -181,6 +183,8 @@ class RateLimitMiddleware:
         self._owners: dict[str, str] = {}
         self._affinities: dict[int, PoolKey] = {}
         self._per_byte = PER_BYTE
+        self._learnt = 0
+        self._learn_at = -inf
         self._fairness = Fairness(weights)
         self._routes: dict[tuple[PoolKey, ...], _Route] = {}
         self._waiting = 0
@@ -758,6 +762,12 @@ class RateLimitMiddleware:
 
     def _learn(self, permit: _Permit, usage: Usage, stream: ResponseStream | None, now: float) -> None:
         """An answer has ended: the next ones are estimated by it."""
+        if now < self._learn_at:
+            # A hundred answers a second tell all that there is to be told, and each costs as much as half an admission.
+            return
+        self._learnt += 1
+        if self._learnt > LEARN_ALL:
+            self._learn_at = now + LEARN_EVERY
         model, need = permit.model, permit.need
         if usage.input_tokens > 0:
             self._estimator.learn(
