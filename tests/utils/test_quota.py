@@ -790,6 +790,29 @@ def begin(limited: Rig, sent_at: float, seconds: float) -> None:
     limited.quota.began(reservation, sent_at, now=sent_at + seconds)
 
 
+def test_the_time_to_the_first_token_is_a_mean() -> None:
+    limited = rig(requests_per_minute=1000)
+    seen = []
+    for number, seconds in enumerate((0.5, 0.5, 0.75, 0.25)):
+        begin(limited, float(number), seconds)
+        seen.append(limited.quota.first_token)
+    assert seen == pytest.approx([0.5, 0.5, 0.5 + 0.25 / 3, 0.5])
+
+
+def test_a_request_whose_answer_began_very_late_counts_from_later() -> None:
+    """Answers begin after half a second: one that took ten probably arrived nine and a half late."""
+    limited = rig(requests_per_minute=1000)
+    for number in range(50):
+        begin(limited, number / 10, 0.5)
+    assert limited.quota.first_token == pytest.approx(0.5)
+    begin(limited, 100.0, 10.0)
+    limited.quota.ledger.expire(165.0)
+    assert limited.quota.ledger.used("requests") == 1, "it left 65 s ago"
+    assert limited.quota.first_token < 0.6, "one late one says little of the others"
+    limited.quota.ledger.expire(171.0)
+    assert limited.quota.ledger.used("requests") == 0
+
+
 # -- another loop ----------------------------------------------------------------------------------------------------
 
 

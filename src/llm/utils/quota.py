@@ -309,14 +309,15 @@ class Quota:
         """The first token of an answer has come."""
         self.accepted(sent_at)
         seconds = now - sent_at
+        self._timed += 1
+        if self._timed == 1:
+            self.first_token = self._deviation = seconds
+            return
         late = seconds - self.first_token
-        if not self._timed:
-            self.first_token, self._deviation = seconds, seconds
-        elif late > LATE * self._deviation:
+        if late > LATE * self._deviation:
             # Somewhere on the way it lost time. If that was before it arrived, it counts from then.
             reservation.postpone(now - max(0.0, self.first_token - 2.0 * self._deviation), now=now)
             late = LATE * self._deviation
-        self._timed += 1
         weight = max(LEARNING, 1.0 / self._timed)
         self.first_token += weight * late
         self._deviation += weight * (abs(late) - self._deviation)
