@@ -467,6 +467,14 @@ def test_combined_tokens_are_not_adopted_where_input_and_output_are_told_apart()
     assert configured.quota.ledger.limit("tokens") == 1200
 
 
+def test_an_adopted_limit_stays_when_something_else_is_learnt() -> None:
+    limited = rig(input_tokens_per_minute=1000)
+    limited.hear(0.0, 0.0, input_tokens=(800, 800))
+    limited.refuse(0.0, 1.0)
+    limited.pass_minutes(1.0, 2)
+    assert limited.quota.ledger.limit("input_tokens") == 800
+
+
 # -- what others use -------------------------------------------------------------------------------------------------
 
 
@@ -780,6 +788,23 @@ def ramped(limited: Rig) -> list[int | None]:
 
 def test_who_grew_too_fast_may_grow_by_half_every_fifteen_minutes() -> None:
     assert ramped(rig(input_tokens_per_minute=2_000_000)) == [1_000_000, 1_500_000, 2_000_000, 2_000_000]
+
+
+def test_a_ramp_also_caps_a_limit_that_was_adopted() -> None:
+    limited = rig()
+    limited.hear(0.0, 0.0, input_tokens=(2_000_000, 2_000_000))
+    assert ramped(limited) == [1_000_000, 1_500_000, 2_000_000, 2_000_000]
+    limited.hear(0.0, 0.0, input_tokens=(3_000_000, 3_000_000))
+    assert limited.quota.ledger.limit("input_tokens") == 3_000_000
+
+
+def test_a_limit_that_is_told_meanwhile_does_not_lift_the_cap_of_a_ramp() -> None:
+    limited = rig(input_tokens_per_minute=5_000_000)
+    limited.refuse(0.0, 1.0, ramp=True)
+    limited.hear(2.0, 2.0, input_tokens=(4_000_000, None))
+    assert limited.quota.ledger.limit("input_tokens") == 1_000_000
+    limited.pass_minutes(2.0, 4 * 16)
+    assert limited.quota.ledger.limit("input_tokens") == 4_000_000
 
 
 # -- the first token -------------------------------------------------------------------------------------------------
