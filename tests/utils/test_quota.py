@@ -807,6 +807,14 @@ def test_a_limit_that_is_told_meanwhile_does_not_lift_the_cap_of_a_ramp() -> Non
     assert limited.quota.ledger.limit("input_tokens") == 4_000_000
 
 
+def test_a_cap_does_not_itself_explain_the_refusal() -> None:
+    limited = rig(slow_start=True, input_tokens_per_minute=10_000_000)
+    limited.send(0.0, Cost(1, 2_000_000))
+    limited.quota.accepted(0.0)
+    limited.refuse(0.5, 1.0, ramp=True)
+    assert not limited.quota.open, "it starts slowly"
+
+
 # -- the first token -------------------------------------------------------------------------------------------------
 
 

@@ -356,14 +356,16 @@ class Quota:
         self._free = False
         if again:
             self._refused_at = now
-            if self._nearly_full(now):
+            # By the limits of when it was sent: a cap that it brings about does not explain it.
+            explained = self._nearly_full(now)
+            if explained:
                 self._guard.refused(now)
             elif not told:
                 self._allowance.refused(now)
             if ramp:
                 self._ramp.refused(now)
             self._apply()
-            if self.slow_start and not self._nearly_full(now):
+            if self.slow_start and not explained:
                 self._shared_until = now + SHARED_SECONDS
                 self._waits_for_news = False
                 self._begin(self.paused_until)
