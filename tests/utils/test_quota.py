@@ -807,6 +807,15 @@ def test_a_limit_that_is_told_meanwhile_does_not_lift_the_cap_of_a_ramp() -> Non
     assert limited.quota.ledger.limit("input_tokens") == 4_000_000
 
 
+def test_a_cap_begins_at_half_as_much_again_as_was_used() -> None:
+    limited = rig(input_tokens_per_minute=10_000_000)
+    for minute in range(4):
+        limited.send(60.0 * minute + 1.0, Cost(1, 2_000_000))
+        limited.quota.probe(60.0 * minute + 30.0)
+    limited.refuse(240.0, 241.0, ramp=True)
+    assert limited.quota.ledger.limit("input_tokens") == 3_000_000
+
+
 def test_a_cap_does_not_itself_explain_the_refusal() -> None:
     limited = rig(slow_start=True, input_tokens_per_minute=10_000_000)
     limited.send(0.0, Cost(1, 2_000_000))

@@ -438,6 +438,7 @@ class Quota:
             ledger.add_foreign(dimension, most - foreign, now=now)
 
     def _tick(self, now: float) -> None:
+        self.ledger.expire(now)
         used = self.ledger.input_used if self.ledger.input_limit is not None else self.ledger.tokens_used
         changed = self._guard.tick(now)
         changed |= self._allowance.tick(now)
