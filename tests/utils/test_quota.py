@@ -467,6 +467,14 @@ def test_combined_tokens_are_not_adopted_where_input_and_output_are_told_apart()
     assert configured.quota.ledger.limit("tokens") == 1200
 
 
+def test_an_adopted_limit_stays_when_something_else_is_learnt() -> None:
+    limited = rig(input_tokens_per_minute=1000)
+    limited.hear(0.0, 0.0, input_tokens=(800, 800))
+    limited.refuse(0.0, 1.0)
+    limited.pass_minutes(1.0, 2)
+    assert limited.quota.ledger.limit("input_tokens") == 800
+
+
 # -- what others use -------------------------------------------------------------------------------------------------
 
 
@@ -782,12 +790,69 @@ def test_who_grew_too_fast_may_grow_by_half_every_fifteen_minutes() -> None:
     assert ramped(rig(input_tokens_per_minute=2_000_000)) == [1_000_000, 1_500_000, 2_000_000, 2_000_000]
 
 
+def test_a_ramp_also_caps_a_limit_that_was_adopted() -> None:
+    limited = rig()
+    limited.hear(0.0, 0.0, input_tokens=(2_000_000, 2_000_000))
+    assert ramped(limited) == [1_000_000, 1_500_000, 2_000_000, 2_000_000]
+    limited.hear(0.0, 0.0, input_tokens=(3_000_000, 3_000_000))
+    assert limited.quota.ledger.limit("input_tokens") == 3_000_000
+
+
+def test_a_limit_that_is_told_meanwhile_does_not_lift_the_cap_of_a_ramp() -> None:
+    limited = rig(input_tokens_per_minute=5_000_000)
+    limited.refuse(0.0, 1.0, ramp=True)
+    limited.hear(2.0, 2.0, input_tokens=(4_000_000, None))
+    assert limited.quota.ledger.limit("input_tokens") == 1_000_000
+    limited.pass_minutes(2.0, 4 * 16)
+    assert limited.quota.ledger.limit("input_tokens") == 4_000_000
+
+
+def test_a_cap_begins_at_half_as_much_again_as_was_used() -> None:
+    limited = rig(input_tokens_per_minute=10_000_000)
+    for minute in range(4):
+        limited.send(60.0 * minute + 1.0, Cost(1, 2_000_000))
+        limited.quota.probe(60.0 * minute + 30.0)
+    limited.refuse(240.0, 241.0, ramp=True)
+    assert limited.quota.ledger.limit("input_tokens") == 3_000_000
+
+
+def test_a_cap_does_not_itself_explain_the_refusal() -> None:
+    limited = rig(slow_start=True, input_tokens_per_minute=10_000_000)
+    limited.send(0.0, Cost(1, 2_000_000))
+    limited.quota.accepted(0.0)
+    limited.refuse(0.5, 1.0, ramp=True)
+    assert not limited.quota.open, "it starts slowly"
+
+
 # -- the first token -------------------------------------------------------------------------------------------------
 
 
 def begin(limited: Rig, sent_at: float, seconds: float) -> None:
     reservation = limited.send(sent_at)
     limited.quota.began(reservation, sent_at, now=sent_at + seconds)
+
+
+def test_the_time_to_the_first_token_is_a_mean() -> None:
+    limited = rig(requests_per_minute=1000)
+    seen = []
+    for number, seconds in enumerate((0.5, 0.5, 0.75, 0.25)):
+        begin(limited, float(number), seconds)
+        seen.append(limited.quota.first_token)
+    assert seen == pytest.approx([0.5, 0.5, 0.5 + 0.25 / 3, 0.5])
+
+
+def test_a_request_whose_answer_began_very_late_counts_from_later() -> None:
+    """Answers begin after half a second: one that took ten probably arrived nine and a half late."""
+    limited = rig(requests_per_minute=1000)
+    for number in range(50):
+        begin(limited, number / 10, 0.5)
+    assert limited.quota.first_token == pytest.approx(0.5)
+    begin(limited, 100.0, 10.0)
+    limited.quota.ledger.expire(165.0)
+    assert limited.quota.ledger.used("requests") == 1, "it left 65 s ago"
+    assert limited.quota.first_token < 0.6, "one late one says little of the others"
+    limited.quota.ledger.expire(171.0)
+    assert limited.quota.ledger.used("requests") == 0
 
 
 # -- another loop ----------------------------------------------------------------------------------------------------

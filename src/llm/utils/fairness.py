@@ -14,6 +14,8 @@ from ..core.types import Priority
 
 MIN_SWEEP = 64
 """Tenants of a class that may be remembered without a call waiting."""
+REMEMBERED = 32
+"""Those of them, the ones that have had the most, who are still remembered after a sweep."""
 
 
 class Class:
@@ -62,6 +64,8 @@ class Fairness:
         group = self._classes[priority]
         flow = group.tenants.get(tenant)
         if flow is None:
+            # Also for who is only asked about, and never comes to wait.
+            _sweep(group)
             flow = group.tenants[tenant] = Flow(group, tenant)
         return flow
 
@@ -79,11 +83,8 @@ class Fairness:
         """One of its calls waits no more, whether or not it was served."""
         flow.backlog -= 1
         flow.group.backlog -= 1
-        tenants = flow.group.tenants
-        if not flow.backlog and len(tenants) > MIN_SWEEP and len(tenants) > 2 * flow.group.backlog:
-            # Who would start where the others are need not be remembered.
-            level = flow.group.virtual
-            flow.group.tenants = {name: each for name, each in tenants.items() if each.backlog or each.start > level}
+        if not flow.backlog:
+            _sweep(flow.group)
 
     def serve(self, flow: Flow, share: float) -> None:
         """A call of *flow*, the one whose turn it was, took *share* of the scarcest limit."""
@@ -112,3 +113,15 @@ class Fairness:
     def lowest(self) -> Priority | None:
         """The lowest priority of which anybody waits."""
         return next((priority for priority in reversed(Priority) if self._classes[priority].backlog), None)
+
+
+def _sweep(group: Class) -> None:
+    """Forget tenants of whom nobody waits. Whoever is forgotten starts where the others are, and no sooner."""
+    tenants = group.tenants
+    if len(tenants) <= MIN_SWEEP or len(tenants) <= 2 * group.backlog:
+        return
+    ahead = sorted(each.start for each in tenants.values() if not each.backlog and each.start > group.virtual)
+    if len(ahead) > REMEMBERED:
+        # Where tenants come once and never again, that is how much each has had: whoever is new has had it too.
+        group.virtual = ahead[-REMEMBERED]
+    group.tenants = {name: each for name, each in tenants.items() if each.backlog or each.start > group.virtual}

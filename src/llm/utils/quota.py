@@ -84,6 +84,7 @@ class Quota:
         "_deviation",
         "_free",
         "_guard",
+        "_limits",
         "_others",
         "_ramp",
         "_refused_at",
@@ -139,6 +140,8 @@ class Quota:
             z=z,
         )
         self._configured = {dimension: self.ledger.limit(dimension) for dimension in DIMENSIONS}
+        self._limits = dict(self._configured)
+        """What may be used, configured or adopted, when no ramp caps it."""
         self._spans: list[Ledger] = list(_further(limits, window, guard, self._counting.reserve_max))
         """Windows beside the limits' own that are configured."""
         self._others = self._spans
@@ -309,14 +312,15 @@ class Quota:
         """The first token of an answer has come."""
         self.accepted(sent_at)
         seconds = now - sent_at
+        self._timed += 1
+        if self._timed == 1:
+            self.first_token = self._deviation = seconds
+            return
         late = seconds - self.first_token
-        if not self._timed:
-            self.first_token, self._deviation = seconds, seconds
-        elif late > LATE * self._deviation:
+        if late > LATE * self._deviation:
             # Somewhere on the way it lost time. If that was before it arrived, it counts from then.
             reservation.postpone(now - max(0.0, self.first_token - 2.0 * self._deviation), now=now)
             late = LATE * self._deviation
-        self._timed += 1
         weight = max(LEARNING, 1.0 / self._timed)
         self.first_token += weight * late
         self._deviation += weight * (abs(late) - self._deviation)
@@ -352,14 +356,16 @@ class Quota:
         self._free = False
         if again:
             self._refused_at = now
-            if self._nearly_full(now):
+            # By the limits of when it was sent: a cap that it brings about does not explain it.
+            explained = self._nearly_full(now)
+            if explained:
                 self._guard.refused(now)
             elif not told:
                 self._allowance.refused(now)
             if ramp:
                 self._ramp.refused(now)
-            self._apply(now)
-            if self.slow_start and not self._nearly_full(now):
+            self._apply()
+            if self.slow_start and not explained:
                 self._shared_until = now + SHARED_SECONDS
                 self._waits_for_news = False
                 self._begin(self.paused_until)
@@ -388,14 +394,15 @@ class Quota:
 
     def _adopt(self, dimension: Dimension, told: int) -> None:
         """A limit that nobody configured is the vendor's; one that is above the vendor's is lowered to it."""
-        configured, known = self._configured[dimension], self.ledger.limit(dimension)
+        configured, known = self._configured[dimension], self._limits[dimension]
         if dimension == "tokens" and configured is None and known is None and self._tells_apart():
             # Anthropic's "tokens" is whichever of its other limits is the tightest.
             return
         limit = told if configured is None else min(told, configured)
-        if limit != known and self._ramp.cap is None:
+        if limit != known:
+            self._limits[dimension] = limit
             self.ledger.set_limit(dimension, limit)
-            self._apply(None)
+            self._apply()
             if self._told is not None:
                 self._told(self, dimension, limit)
 
@@ -431,21 +438,22 @@ class Quota:
             ledger.add_foreign(dimension, most - foreign, now=now)
 
     def _tick(self, now: float) -> None:
+        self.ledger.expire(now)
         used = self.ledger.input_used if self.ledger.input_limit is not None else self.ledger.tokens_used
         changed = self._guard.tick(now)
         changed |= self._allowance.tick(now)
-        changed |= self._ramp.tick(now, used, self._configured["input_tokens"] or self._configured["tokens"])
+        changed |= self._ramp.tick(now, used, self._limits["input_tokens"] or self._limits["tokens"])
         if changed:
-            self._apply(now)
+            self._apply()
 
-    def _apply(self, now: float | None) -> None:
+    def _apply(self) -> None:
         """Let the ledgers keep what was learnt."""
         ledger, share = self.ledger, self._allowance.share
         ledger.guard = self._guard.seconds
         cap = self._ramp.cap
         for dimension in CAPPED:
-            limit = self._configured[dimension]
-            if limit is not None and (cap is not None or ledger.limit(dimension) != limit) and now is not None:
+            limit = self._limits[dimension]
+            if limit is not None:
                 ledger.set_limit(dimension, limit if cap is None else min(limit, cap))
         if share >= 1.0:
             self._slow = None
