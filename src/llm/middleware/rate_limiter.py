@@ -16,7 +16,7 @@ cost, teaches the estimates, and gives the client back.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence, Set
 from enum import Enum
 from heapq import heapify, heappop, heappush, nsmallest
 from math import ceil, inf
@@ -186,7 +186,7 @@ class RateLimitMiddleware:
         self._learnt = 0
         self._learn_at = -inf
         self._fairness = Fairness(weights)
-        self._routes: dict[tuple[PoolKey, ...], _Route] = {}
+        self._routes: dict[tuple[tuple[PoolKey, ...], frozenset[Quota]], _Route] = {}
         self._waiting = 0
         self._left = 0
         """Waiters that have gone since the containers were last swept."""
@@ -445,7 +445,7 @@ class RateLimitMiddleware:
         """Seconds until a call with *ticket* can be admitted, at the earliest."""
         quotas = dict.fromkeys(self.quota(key, self._model(model, key)) for key in keys)
         cost, _ = self._cost(need, self._model(model, keys[0]), self._counting)
-        wait = time_until([quota.ledger for quota in quotas], cost, self._ahead(keys, flow, ticket), now=now)
+        wait = time_until([quota.ledger for quota in quotas], cost, self._ahead(quotas.keys(), flow, ticket), now=now)
         opens = min(max(key.available_at, self.quota(key, self._model(model, key)).paused_until) - now for key in keys)
         return max(wait, opens)
 
@@ -457,12 +457,11 @@ class RateLimitMiddleware:
             retry_after=wait,
         )
 
-    def _ahead(self, keys: tuple[PoolKey, ...], flow: Flow, ticket: int) -> Cost:
-        """What stands before *ticket*: everybody who goes before it, and can go nowhere but to *keys*."""
+    def _ahead(self, scarce: Set[Quota], flow: Flow, ticket: int) -> Cost:
+        """What stands before *ticket*: everybody who goes before it, and needs nothing but what it needs."""
         requests = input_tokens = tokens = 0
-        wanted = frozenset(keys)
         for route in self._routes.values():
-            if wanted.issuperset(route.keys):
+            if route.scarce <= scarce:
                 need = route.ahead(flow, ticket)
                 requests += need.requests
                 input_tokens += need.input_tokens
@@ -499,9 +498,11 @@ class RateLimitMiddleware:
                 raise self._hopeless(call.provider, call.model, within=call.deadline - now, wait=wait)
         if self._max_queue is not None and self._waiting >= self._max_queue:
             self._make_room(call, options.priority)
-        route = self._routes.get(keys)
+        # Calls for other models may have the same keys, and limits of their own.
+        scarce = frozenset(self.quota(key, self._model(call.model, key)) for key in keys)
+        route = self._routes.get((keys, scarce))
         if route is None:
-            route = self._routes[keys] = Route(keys, self._report_wait)
+            route = self._routes[keys, scarce] = Route(keys, self._report_wait, scarce)
         self._arrivals += 1
         waiter: _Waiter = Waiter(
             route,
@@ -584,7 +585,7 @@ class RateLimitMiddleware:
             for route in list(self._routes.values()):
                 route.sweep()
                 if not route.lines:
-                    del self._routes[route.keys]
+                    del self._routes[route.keys, cast(frozenset[Quota], route.scarce)]
             self._deadlines = [entry for entry in self._deadlines if entry[2].alive]
             heapify(self._deadlines)
 
@@ -598,7 +599,7 @@ class RateLimitMiddleware:
         self._pump_handle = None
         now = self._clock.now()
         self._fail_the_late(now)
-        claimed: set[PoolKey] = set()
+        claimed: set[Hashable] = set()
         blocked: list[_Route] = []
         turns: list[_Turn] = []
         for route in list(self._routes.values()):
@@ -622,7 +623,7 @@ class RateLimitMiddleware:
                 blocked.append(route)
                 if outcome is _Blocked.BY_LIMITS:
                     self._overtake(route, waiter, now, claimed)
-                    claimed.update(route.keys)
+                    claimed.update(route.scarce)
         self._tidy()
         self._arm(blocked, now)
 
@@ -630,7 +631,7 @@ class RateLimitMiddleware:
         if route.head() is not None:
             heappush(turns, (*route.turn(), route))
         else:
-            del self._routes[route.keys]
+            del self._routes[route.keys, cast(frozenset[Quota], route.scarce)]
 
     def _let_go(self, waiter: _Waiter, outcome: _Grant | LLMException) -> None:
         """The waiter's turn has come."""
@@ -652,7 +653,7 @@ class RateLimitMiddleware:
             share = max(share, cost.tokens / ledger.token_limit)
         return share or 1.0
 
-    def _overtake(self, route: _Route, head: _Waiter, now: float, claimed: set[PoolKey]) -> None:
+    def _overtake(self, route: _Route, head: _Waiter, now: float, claimed: set[Hashable]) -> None:
         """Let smaller calls pass a *head* that must wait for tokens.
 
         Without limits on that a large call would starve, without it what is left of a window would be wasted (3 to 7
@@ -661,7 +662,7 @@ class RateLimitMiddleware:
         if head.blocked_since is None:
             head.blocked_since = now
         cost = head.cost
-        keys = [key for key in route.keys if key not in claimed and key.available_at <= now]
+        keys = [key for key in route.keys if key.available_at <= now]
         room = max((self._room(key, head.model) for key in keys), default=0)
         if room <= 0:
             return
@@ -695,7 +696,7 @@ class RateLimitMiddleware:
         model: str | None,
         need: Need,
         now: float,
-        claimed: set[PoolKey] | tuple[()] = (),
+        claimed: Collection[Hashable] = (),
         beside: Cost | None = None,
     ) -> _Grant | _Blocked:
         """A permit on the first key in rotation that can take *need* now, and still lets *beside* go as soon."""
@@ -706,10 +707,12 @@ class RateLimitMiddleware:
             if favourite is not None and favourite in route:
                 keys = (favourite, *(key for key in keys if key is not favourite))
         for key in keys:
-            if key.available_at > now or key in claimed:
+            if key.available_at > now:
                 continue
             name = model or key.model or self._pool.default_model or ""
             quota = self._quota_of.get((key, name)) or self.quota(key, name)
+            if claimed and quota in claimed:
+                continue
             if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
                 self._pull(quota, name, now)
             cost, variance = self._cost(need, name, self._counting)
@@ -938,7 +941,7 @@ class _Blocked(Enum):
 _Outcome: TypeAlias = _Grant | LLMException
 _Waiter: TypeAlias = Waiter[PoolKey, Need, _Outcome]
 _Route: TypeAlias = Route[PoolKey, Need, _Outcome]
-_Turn: TypeAlias = tuple[float, float, int, int, _Route]
+_Turn: TypeAlias = tuple[float, float, float, int, int, _Route]
 _ARRIVAL = attrgetter("arrival")
 _UNLIMITED = LimitSettings()
 

@@ -460,7 +460,8 @@ class Ledger:
         return entry
 
     def _produce(self, now: float, amount: int) -> None:
-        if not self._bounded:
+        if self.output_limit is None and (self.token_limit is None or not self.output_counts):
+            # Nobody asks for it, and its expiry would wake people for nothing.
             return
         log = self._produced
         # No guard: a vendor has counted what we see before we see it.

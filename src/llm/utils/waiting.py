@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import islice
 from math import inf
@@ -140,13 +140,20 @@ class Line(Generic[R, N, O]):
 class Route(Generic[R, N, O]):
     """Those who wait for the same keys. *report* is told of whoever has waited long."""
 
-    __slots__ = ("_starved", "_turns", "arrived", "keys", "lines", "report", "starved_since")
+    __slots__ = ("_starved", "_turns", "arrived", "keys", "lines", "report", "scarce", "starved_since")
 
-    def __init__(self, keys: tuple[R, ...], report: Callable[[Waiter[R, N, O]], None]) -> None:
+    def __init__(
+        self,
+        keys: tuple[R, ...],
+        report: Callable[[Waiter[R, N, O]], None],
+        scarce: frozenset[Hashable] = frozenset(),
+    ) -> None:
         self.keys = keys
+        self.scarce = scarce
+        """What a head of it waits for, and nobody else may take meanwhile."""
         self.report = report
         self.lines: dict[Flow, Line[R, N, O]] = {}
-        self._turns: list[tuple[float, float, int, int, Line[R, N, O]]] = []
+        self._turns: list[tuple[float, float, float, int, int, Line[R, N, O]]] = []
         """A heap of every line with what its turn was when somebody looked: turns only ever become later."""
         self.arrived: deque[Waiter[R, N, O]] = deque()
         """In the order in which they came: a renewal comes late with an old ticket."""
@@ -173,7 +180,7 @@ class Route(Generic[R, N, O]):
         """Whoever's turn it is; None if nobody waits."""
         turns = self._turns
         while turns:
-            line = turns[0][4]
+            line = turns[0][5]
             waiters = line.waiters
             while waiters and not waiters[0].alive:
                 waiters.popleft()
@@ -182,20 +189,20 @@ class Route(Generic[R, N, O]):
                 del self.lines[line.flow]
                 continue
             turn = _turn(line)
-            if turn[:4] > turns[0][:4]:
+            if turn[:5] > turns[0][:5]:
                 heapreplace(turns, turn)
                 continue
             return waiters[0]
         return None
 
-    def turn(self) -> tuple[float, float, int, int]:
+    def turn(self) -> tuple[float, float, float, int, int]:
         """Of the head that was looked at last: the smaller, the sooner."""
-        return self._turns[0][:4]
+        return self._turns[0][:5]
 
     def behind(self, head: Waiter[R, N, O], most: int) -> Iterator[Waiter[R, N, O]]:
         """Some of those who stand behind *head*: the next of its line, and the first of other lines."""
         own = islice(self.lines[head.flow].waiters, 1, 1 + most)
-        others = islice((turn[4].waiters[0] for turn in self._turns if turn[4].waiters), most)
+        others = islice((turn[5].waiters[0] for turn in self._turns if turn[5].waiters), most)
         found = [waiter for waiter in (*own, *others) if waiter.alive and waiter is not head]
         return iter(found)
 
@@ -247,7 +254,8 @@ class Route(Generic[R, N, O]):
         return timeout - (self.starved(now) - self.arrived[0].starved_before)
 
 
-def _turn(line: Line[R, N, O]) -> tuple[float, float, int, int, Line[R, N, O]]:
+def _turn(line: Line[R, N, O]) -> tuple[float, float, float, int, int, Line[R, N, O]]:
     head = line.waiters[0]
     flow = line.flow
-    return flow.group.start, flow.start, head.ticket, head.arrival, line
+    # Of those whose turn it is alike, the more important goes first.
+    return flow.group.start, -flow.group.weight, flow.start, head.ticket, head.arrival, line
