@@ -223,9 +223,14 @@ class Ledger:
         mean = cost.output_tokens
         limit = self.output_limit
         if limit is not None:
-            mean = min(mean, limit)
-            if mean > 0 and not self._has_room(limit - self.output_used, limit, mean, variance, now):
-                return None
+            if mean > limit:
+                mean = limit
+            if mean > 0:
+                free = limit - self.output_used
+                spread = self.open_variance + variance
+                need = self.open_output + mean + (int(self.z * sqrt(spread)) if spread > 0.0 else 0)
+                if need > free and not self._has_room(free, limit, mean, variance, now):
+                    return None
         limit = self.token_limit
         if limit is not None:
             free = limit - self.tokens_used
@@ -625,12 +630,21 @@ class Reservation(msgspec.Struct, gc=False):
         if entry.expiry > now:
             # A vendor's figures are not always figures: what is below nothing would be capacity that does not exist.
             requests, input_tokens, tokens = actual.requests, actual.input_tokens, actual.tokens
-            ledger._amend(
-                entry,
-                (requests if requests > 0 else 0) - self.requests,
-                (input_tokens if input_tokens > 0 else 0) - self.input_tokens,
-                (tokens if tokens > 0 else 0) - self.tokens,
-            )
+            if requests == self.requests > 0 and input_tokens >= 0 and tokens >= 0:
+                # As almost always: a request that was sent is one.
+                if input_tokens != self.input_tokens:
+                    entry.input_tokens += input_tokens - self.input_tokens
+                    ledger.input_used += input_tokens - self.input_tokens
+                if tokens != self.tokens:
+                    entry.tokens += tokens - self.tokens
+                    ledger.tokens_used += tokens - self.tokens
+            else:
+                ledger._amend(
+                    entry,
+                    (requests if requests > 0 else 0) - self.requests,
+                    (input_tokens if input_tokens > 0 else 0) - self.input_tokens,
+                    (tokens if tokens > 0 else 0) - self.tokens,
+                )
         output = actual.output_tokens - self.output
         if output > 0:
             ledger._produce(now, output)
