@@ -734,13 +734,9 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
     if rest > 0:
         if len(ledgers) == 1:
             # What pays the debt comes back first, and counts for nobody.
-            rest += debts[0]
-            amount_of = attrgetter(dimension)
-            for entry in _entries(ledgers[0], dimension):
-                rest -= amount_of(entry)
-                if rest <= 0:
-                    seconds += entry.expiry - now
-                    break
+            expiry = _given_back(ledgers[0], dimension, rest + debts[0])
+            if expiry is not None:
+                seconds += expiry - now
         else:
             # Each in its order: sorting merges them in a quarter of the time that heapq takes.
             returns: list[tuple[float, int]] = []
@@ -778,6 +774,29 @@ def _entries(ledger: Ledger, dimension: Dimension) -> Iterable[Entry]:
     if ledger._foreign:
         logs.append(ledger._foreign)
     return logs[0] if len(logs) == 1 else merge(*logs, key=_EXPIRY)
+
+
+def _given_back(ledger: Ledger, dimension: Dimension, amount: int) -> float | None:
+    """The instant at which *amount* of what is used has expired; None if less is used."""
+    entries = _entries(ledger, dimension)
+    # A log has hundreds of entries, and an attribute that is written out is read in half the time of a named one.
+    if dimension == "requests":
+        for entry in entries:
+            amount -= entry.requests
+            if amount <= 0:
+                return entry.expiry
+    elif dimension == "input_tokens":
+        for entry in entries:
+            amount -= entry.input_tokens
+            if amount <= 0:
+                return entry.expiry
+    else:
+        amount_of = attrgetter(dimension)
+        for entry in entries:
+            amount -= amount_of(entry)
+            if amount <= 0:
+                return entry.expiry
+    return None
 
 
 def _returns(ledger: Ledger, dimension: Dimension, debt: int) -> Iterable[tuple[float, int]]:
