@@ -65,7 +65,7 @@ where no prior helps. With 16 and 66 it is the same within 1 %.
 """
 
 MAX_LEARNT = 512
-"""Pairs of model and tag that are remembered, 11 kB each; the one that was longest without an answer goes first."""
+"""Pairs of model and tag that are remembered, 13 kB each; the one that was longest without an answer goes first."""
 MAX_BOUNDS = 16
 """Values of max_tokens for which a pair keeps what it says of an answer that has not begun."""
 
@@ -194,7 +194,19 @@ class OutputPredictor:
 class _Learnt:
     """The lengths of one model and tag, and how much the prior counts beside them."""
 
-    __slots__ = ("_ring", "_sorted", "_squares", "_sums", "_weight", "answers", "cut", "ended", "whole")
+    __slots__ = (
+        "_lengths",
+        "_ring",
+        "_sorted",
+        "_squares",
+        "_streams",
+        "_sums",
+        "_weight",
+        "answers",
+        "cut",
+        "ended",
+        "whole",
+    )
 
     def __init__(self) -> None:
         self.answers = 0
@@ -206,6 +218,10 @@ class _Learnt:
         self._weight = PRIOR_WEIGHT
         # As numbers in a row; lists of integers would be five times as large.
         self._ring = array("i")
+        self._lengths = array("i")
+        """The ring as it was at the last refresh."""
+        self._streams = False
+        """Whether answers under way are asked about: only then is it sorted and summed up."""
         self._sorted = array("i")
         self._sums = array("q", (0,))
         """Of the shortest, the two shortest, and so on."""
@@ -236,16 +252,9 @@ class _Learnt:
         left = bound - produced
         if left <= 0:
             return NOTHING
-        lengths = self._sorted
-        size = len(lengths)
-        start = bisect_right(lengths, produced)
-        count = size - start
+        size = len(self._lengths)
+        count, total, squares = self._above(produced, bound) if size else (0, 0, 0)
         if count:
-            # What reaches the bound would be no longer than that.
-            end = size if bound >= lengths[-1] else bisect_left(lengths, bound, start)
-            beyond = bound * (size - end)
-            total = self._sums[end] - self._sums[start] + beyond
-            squares = self._squares[end] - self._squares[start] + bound * beyond
             mean = total / count - produced
             # In integers: differences of large squares would lose what they are about.
             variance = (squares * count - total * total) / (count * count)
@@ -274,10 +283,37 @@ class _Learnt:
             mean += part * away
         return _new(Expectation, (mean, variance))
 
+    def _above(self, produced: int, bound: int) -> tuple[int, int, int]:
+        """How many lengths are above *produced*, and the sums of them and of their squares.
+
+        What reaches the *bound* would be no longer than that.
+        """
+        if not self._streams:
+            if not produced:
+                every = self._lengths if bound >= max(self._lengths) else [min(n, bound) for n in self._lengths]
+                return len(every), sum(every), sum(map(mul, every, every))
+            self._streams = True
+            self._sort()
+        lengths = self._sorted
+        size = len(lengths)
+        start = bisect_right(lengths, produced)
+        end = size if start == size or bound >= lengths[-1] else bisect_left(lengths, bound, start)
+        beyond = bound * (size - end)
+        return (
+            size - start,
+            self._sums[end] - self._sums[start] + beyond,
+            self._squares[end] - self._squares[start] + bound * beyond,
+        )
+
     def _refresh(self) -> None:
-        lengths = sorted(self._ring)
+        self._lengths = self._ring[:]
+        if self._streams:
+            self._sort()
+        self._weight = PRIOR_WEIGHT * max(0.0, 1.0 - self.answers / RECENT)
+        self.whole.clear()
+
+    def _sort(self) -> None:
+        lengths = sorted(self._lengths)
         self._sorted = array("i", lengths)
         self._sums = array("q", accumulate(lengths, initial=0))
         self._squares = array("q", accumulate(map(mul, lengths, lengths), initial=0))
-        self._weight = PRIOR_WEIGHT * max(0.0, 1.0 - self.answers / RECENT)
-        self.whole.clear()

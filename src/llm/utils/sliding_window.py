@@ -223,9 +223,14 @@ class Ledger:
         mean = cost.output_tokens
         limit = self.output_limit
         if limit is not None:
-            mean = min(mean, limit)
-            if mean > 0 and not self._has_room(limit - self.output_used, limit, mean, variance, now):
-                return None
+            if mean > limit:
+                mean = limit
+            if mean > 0:
+                free = limit - self.output_used
+                spread = self.open_variance + variance
+                need = self.open_output + mean + (int(self.z * sqrt(spread)) if spread > 0.0 else 0)
+                if need > free and not self._has_room(free, limit, mean, variance, now):
+                    return None
         limit = self.token_limit
         if limit is not None:
             free = limit - self.tokens_used
@@ -626,12 +631,21 @@ class Reservation(msgspec.Struct, gc=False):
         if entry.expiry > now:
             # A vendor's figures are not always figures: what is below nothing would be capacity that does not exist.
             requests, input_tokens, tokens = actual.requests, actual.input_tokens, actual.tokens
-            ledger._amend(
-                entry,
-                (requests if requests > 0 else 0) - self.requests,
-                (input_tokens if input_tokens > 0 else 0) - self.input_tokens,
-                (tokens if tokens > 0 else 0) - self.tokens,
-            )
+            if requests == self.requests > 0 and input_tokens >= 0 and tokens >= 0:
+                # As almost always: a request that was sent is one.
+                if input_tokens != self.input_tokens:
+                    entry.input_tokens += input_tokens - self.input_tokens
+                    ledger.input_used += input_tokens - self.input_tokens
+                if tokens != self.tokens:
+                    entry.tokens += tokens - self.tokens
+                    ledger.tokens_used += tokens - self.tokens
+            else:
+                ledger._amend(
+                    entry,
+                    (requests if requests > 0 else 0) - self.requests,
+                    (input_tokens if input_tokens > 0 else 0) - self.input_tokens,
+                    (tokens if tokens > 0 else 0) - self.tokens,
+                )
         output = actual.output_tokens - self.output
         if output > 0:
             ledger._produce(now, output)
@@ -721,13 +735,9 @@ def _together(ledgers: Sequence[Ledger], dimension: Dimension, need: int, now: f
     if rest > 0:
         if len(ledgers) == 1:
             # What pays the debt comes back first, and counts for nobody.
-            rest += debts[0]
-            amount_of = attrgetter(dimension)
-            for entry in _entries(ledgers[0], dimension):
-                rest -= amount_of(entry)
-                if rest <= 0:
-                    seconds += entry.expiry - now
-                    break
+            expiry = _given_back(ledgers[0], dimension, rest + debts[0])
+            if expiry is not None:
+                seconds += expiry - now
         else:
             # Each in its order: sorting merges them in a quarter of the time that heapq takes.
             returns: list[tuple[float, int]] = []
@@ -765,6 +775,29 @@ def _entries(ledger: Ledger, dimension: Dimension) -> Iterable[Entry]:
     if ledger._foreign:
         logs.append(ledger._foreign)
     return logs[0] if len(logs) == 1 else merge(*logs, key=_EXPIRY)
+
+
+def _given_back(ledger: Ledger, dimension: Dimension, amount: int) -> float | None:
+    """The instant at which *amount* of what is used has expired; None if less is used."""
+    entries = _entries(ledger, dimension)
+    # A log has hundreds of entries, and an attribute that is written out is read in half the time of a named one.
+    if dimension == "requests":
+        for entry in entries:
+            amount -= entry.requests
+            if amount <= 0:
+                return entry.expiry
+    elif dimension == "input_tokens":
+        for entry in entries:
+            amount -= entry.input_tokens
+            if amount <= 0:
+                return entry.expiry
+    else:
+        amount_of = attrgetter(dimension)
+        for entry in entries:
+            amount -= amount_of(entry)
+            if amount <= 0:
+                return entry.expiry
+    return None
 
 
 def _returns(ledger: Ledger, dimension: Dimension, debt: int) -> Iterable[tuple[float, int]]:

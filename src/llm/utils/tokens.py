@@ -168,6 +168,8 @@ class TokenEstimator:
         overheads = self._overheads.request + self._overheads.message * len(messages)
         if self._tokenizer is not None:
             return overheads + sum([self._tokenizer.count(message.content) for message in messages])
+        if len(messages) == 1 and len(text := messages[0].content) <= SAMPLES * SAMPLE:
+            return overheads + rough_count(text)
         texts = [message.content for message in messages]
         length = sum(map(len, texts))
         if length <= SAMPLES * SAMPLE:
@@ -248,16 +250,19 @@ class _Learnt:
 
     def add(self, ratio: float) -> None:
         """Learn from an answer of *ratio* times what was measured."""
-        ratio = min(max(ratio, LOWEST), HIGHEST)
+        # Once for each answer there is: comparisons take a third of what min() and max() do.
+        if not LOWEST <= ratio <= HIGHEST:
+            ratio = LOWEST if ratio < LOWEST else HIGHEST
         if self.answers:
             # By how much the answer was over the expectation at its time; the first had none.
             self._remember(ratio / self.ratio)
-        self.answers += 1
-        self.ratio += max(SLOWEST, 1 / self.answers) * (ratio - self.ratio)
-        if self.answers < FEW:
+        self.answers = answers = self.answers + 1
+        self.ratio += (SLOWEST if answers * SLOWEST > 1.0 else 1 / answers) * (ratio - self.ratio)
+        if answers < FEW:
             self.factor = self.ratio * PAD
         else:
-            self.factor = self.ratio * max(1.0, self._sorted[ceil(QUANTILE * len(self._sorted)) - 1])
+            margin = self._sorted[ceil(QUANTILE * len(self._sorted)) - 1]
+            self.factor = self.ratio * margin if margin > 1.0 else self.ratio
 
     def _remember(self, error: float) -> None:
         self._recent.append(error)
