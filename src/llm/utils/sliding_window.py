@@ -465,7 +465,7 @@ class Ledger:
         return entry
 
     def _produce(self, now: float, amount: int) -> None:
-        if self.output_limit is None and (self.token_limit is None or not self.output_counts):
+        if not self._counts_output():
             # Nobody asks for it, and its expiry would wake people for nothing.
             return
         log = self._produced
@@ -485,6 +485,10 @@ class Ledger:
         log.append(Entry(expiry, 0, 0, amount, combined))
         if expiry < self._due:
             self._due = expiry
+
+    def _counts_output(self) -> bool:
+        """Whether there is a limit that what is produced counts of."""
+        return self.output_limit is not None or (self.output_counts and self.token_limit is not None)
 
     def _close(self, mean: int, variance: float) -> None:
         """What was open is so no more."""
