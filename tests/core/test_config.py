@@ -595,8 +595,21 @@ REFUSED: list[tuple[Any, list[str]]] = [
     (None, ["a file's path or a mapping, not nothing"]),
     (7, ["a file's path or a mapping, not a number"]),
     (f"providers:\n  openai:\n    api_keys: {KEY}", ["expected a file's path, got text of several lines"]),
+    (f"{{providers: {{openai: {{api_keys: {KEY}}}}}}}", ["expected a file's path, got what looks like its content"]),
+    (f"api_keys: {KEY}", ["expected a file's path, got what looks like its content"]),
+    ("x" * 5000, ["expected a file's path, got what looks like its content"]),
+    ("", ["the path of the configuration is empty: name a file, or pass a mapping"]),
+    ("\ud800.yaml", ["its path holds half of a surrogate pair"]),
     ("no/such/llm.yaml", ["no/such/llm.yaml: does not exist: create it", "OPENAI_API_KEY"]),
 ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_no_configuration_and_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "llm.yaml")
+    assert "is not a regular file" in refusal(str(tmp_path / "llm.yaml"), {})
+    provider = {"api_keys": [f"file:{tmp_path / 'llm.yaml'}"]}
+    assert "is not a regular file" in refusal({"providers": {"openai": provider}}, {})
 
 
 @pytest.mark.parametrize(("source", "said"), REFUSED, ids=[said[0][:60] for _, said in REFUSED])
@@ -627,7 +640,7 @@ BAD_FILES: list[tuple[str | bytes, list[str]]] = [
     ("a: !!bool seven\n", ["line 1, column 4: cannot be read as bool"]),
     ("a: " + "9" * 5000 + "\n", ["line 1, column 4: cannot be read as int"]),
     ("a: 1:30\n", ["line 1, column 4: a number with colons is to the base of 60: put text in quotes"]),
-    ("a: 1" + ":1" * 400_000 + "\n", ["line 1, column 4: a number with colons"]),
+    ("a: 1" + ":1" * 120_000 + "\n", ["line 1, column 4: a number with colons"]),
     ("a: 1:30.5\n", ["line 1, column 4: a number with colons"]),
     ('a: "\\UFFFFFFFF"\n', ["not valid YAML"]),
     ("yes: 1\n", ["line 1, column 1: a key must be text: put it in quotes"]),
@@ -639,7 +652,7 @@ BAD_FILES: list[tuple[str | bytes, list[str]]] = [
     ("[" * 100_000, ["nested more than 32 levels deep"]),
     ("a: b\0c\n", ["line 1: holds a character that YAML does not allow"]),
     (b"a: \xff\xfe\n", ["is not text in UTF-8"]),
-    (b"#" * (1024 * 1024 + 1), ["is larger than 1048576 bytes"]),
+    (b"#" * (256 * 1024 + 1), ["is larger than 262144 bytes"]),
 ]
 
 

@@ -41,7 +41,9 @@ DIALECTS = ("anthropic", "openai")
 MIDDLEWARE = ("rate_limiter", "retry", "logging", "metrics")
 STORES = ("memory",)
 
-_LARGEST_FILE = 1024 * 1024
+_LARGEST_FILE = 256 * 1024
+"""Bytes; as many lines as nobody writes. Naming the nearest of 90,000 unknown keys takes seconds."""
+_LONGEST_PATH = 4096
 _MOST_PROBLEMS = 30
 _OTHERS_MAY_READ = 0o004
 _PROVIDER_NAME = re.compile(r"[A-Za-z][\w.-]{0,29}", re.ASCII)
@@ -172,8 +174,12 @@ def load(
     if not isinstance(source, (str, os.PathLike)):
         _refuse("", [f"a configuration is a file's path or a mapping, not {kind(source)}"])
     path = os.fsdecode(source)
-    if "\n" in path:
-        _refuse("", ["expected a file's path, got text of several lines: parse YAML first, and pass the mapping"])
+    if not path:
+        _refuse("", ["the path of the configuration is empty: name a file, or pass a mapping"])
+    if "\n" in path or "{" in path or ": " in path or len(path) > _LONGEST_PATH:
+        # It may well hold keys: it is not repeated.
+        got = "text of several lines" if "\n" in path else "what looks like its content"
+        _refuse("", [f"expected a file's path, got {got}: parse YAML first, and pass the mapping"])
     tree, mode = _document(path)
     settings, literal = _settings(tree, path, Path(path).parent, environ, known)
     # Windows has no such permission bits, and reports them as set.

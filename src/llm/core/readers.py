@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,8 +190,11 @@ class Content(NamedTuple):
 def content(path: Path, largest: int) -> Content:
     """A file's text, in UTF-8, of at most *largest* bytes. Raises :class:`Wrong`, :class:`Absent` if there is none."""
     try:
-        with open(path, "rb") as file:
+        # Opened without waiting: a pipe that nobody writes to would hold the program up for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise Wrong("is not a regular file")
             data = file.read(largest + 1)
         if len(data) > largest:
             raise Wrong(f"is larger than {largest} bytes")
@@ -201,6 +205,8 @@ def content(path: Path, largest: int) -> Content:
         complaint = "is not text in UTF-8"
     except OSError as error:
         complaint = f"cannot be read: {os.strerror(error.errno).lower() if error.errno else 'input/output error'}"
+    except UnicodeEncodeError:
+        complaint = "cannot be read: its path holds half of a surrogate pair"
     except ValueError:
         complaint = "cannot be read: its path holds a null character"
     raise Wrong(complaint)

@@ -229,6 +229,11 @@ class RateLimitMiddleware:
         """How many calls wait."""
         return self._waiting
 
+    def _counting_of(self, group: str) -> Counting:
+        """How the vendor counts of *group*."""
+        counting = self._counting
+        return msgspec.structs.replace(counting, cache_reads=counting.counts_cache_reads(group))
+
     # -- seen from outside ---------------------------------------------------------------------------------------------
 
     def quota(self, key: PoolKey, model: str) -> Quota:
@@ -241,7 +246,7 @@ class RateLimitMiddleware:
                 quota = self._quotas[pool, group] = Quota(
                     f"{pool} {group}",
                     key.limits if self._enabled else _UNLIMITED,
-                    counting=self._counting,
+                    counting=self._counting_of(group),
                     guard=self._guard,
                     slow_start=self._slow_start and self._enabled,
                     z=self._predictor.z,
@@ -267,7 +272,8 @@ class RateLimitMiddleware:
         keys = self._fitting(self._name, model, route, need)
         now, options = self._clock.now(), request.options
         flow = self._fairness.flow(options.priority, options.tenant)
-        cost, _ = self._cost(need, self._model(model, keys[0]), self._counting)
+        name = self._model(model, keys[0])
+        cost, _ = self._cost(need, name, self.quota(keys[0], name).counting)
         wait = self._time_until(model, flow, self._tickets + 1, keys, need, now)
         return Estimate(input_tokens=cost.input_tokens, output_tokens=cost.output_tokens, wait=wait)
 
@@ -422,7 +428,8 @@ class RateLimitMiddleware:
         excess = []
         for key in route:
             model = self._model(asked, key)
-            excess.append(self.quota(key, model).too_large(self._cost(need, model, self._counting)[0]))
+            quota = self.quota(key, model)
+            excess.append(quota.too_large(self._cost(need, model, quota.counting)[0]))
         if not any(excess):
             return route
         fitting = tuple(key for key, too_large in zip(route, excess, strict=True) if too_large is None)
@@ -444,7 +451,7 @@ class RateLimitMiddleware:
     ) -> float:
         """Seconds until a call with *ticket* can be admitted, at the earliest."""
         quotas = dict.fromkeys(self.quota(key, self._model(model, key)) for key in keys)
-        cost, _ = self._cost(need, self._model(model, keys[0]), self._counting)
+        cost, _ = self._cost(need, self._model(model, keys[0]), next(iter(quotas)).counting)
         wait = time_until([quota.ledger for quota in quotas], cost, self._ahead(quotas.keys(), flow, ticket), now=now)
         opens = min(max(key.available_at, self.quota(key, self._model(model, key)).paused_until) - now for key in keys)
         return max(wait, opens)
@@ -715,7 +722,7 @@ class RateLimitMiddleware:
                 continue
             if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
                 self._pull(quota, name, now)
-            cost, variance = self._cost(need, name, self._counting)
+            cost, variance = self._cost(need, name, quota.counting)
             if beside is not None and not quota.leaves_room(beside, cost, now=now):
                 continue
             reservation = quota.reserve(cost, now=now, variance=variance)
@@ -1029,7 +1036,7 @@ class _Permit:
             if self._sent_at is not None:
                 quota.began(reservation, self._sent_at, now=now)
             if usage is not None and usage.input_tokens:
-                counting = limiter._counting
+                counting = quota.counting
                 counted = usage.input_tokens - (0 if counting.cache_reads else usage.cache_read_tokens)
                 tokens = self._cost.tokens if counting.reserve_max else counted
                 reservation.correct(input_tokens=counted, tokens=tokens, now=now)
@@ -1074,7 +1081,7 @@ class _Permit:
             settlement,
             sent=self._sent_at is not None,
             produced=produced,
-            counting=limiter._counting,
+            counting=quota.counting,
         )
         until = None
         sent_at = self._sent_at

@@ -80,7 +80,6 @@ class Quota:
         "_allowance",
         "_answered",
         "_configured",
-        "_counting",
         "_deviation",
         "_free",
         "_guard",
@@ -100,6 +99,7 @@ class Quota:
         "_unheard_limit",
         "_waits_for_news",
         "concurrent_limit",
+        "counting",
         "first_token",
         "in_flight",
         "ledger",
@@ -123,7 +123,7 @@ class Quota:
         told: Callable[[Quota, Dimension | None, int], None] | None = None,
     ) -> None:
         self.name = name
-        self._counting = counting if counting is not None else Counting()
+        self.counting = counting if counting is not None else Counting()
         self._told = told
         window = limits.window_seconds
         requests = limits.requests_per_minute
@@ -136,13 +136,13 @@ class Quota:
             guard=guard,
             grain=min(GRAIN, window / 240) if requests is None or requests > COALESCE_ABOVE else 0.0,
             output_grain=min(OUTPUT_GRAIN, window / 600),
-            output_counts=not self._counting.reserve_max,
+            output_counts=not self.counting.reserve_max,
             z=z,
         )
         self._configured = {dimension: self.ledger.limit(dimension) for dimension in DIMENSIONS}
         self._limits = dict(self._configured)
         """What may be used, configured or adopted, when no ramp caps it."""
-        self._spans: list[Ledger] = list(_further(limits, window, guard, self._counting.reserve_max))
+        self._spans: list[Ledger] = list(_further(limits, window, guard, self.counting.reserve_max))
         """Windows beside the limits' own that are configured."""
         self._others = self._spans
         """Those, and the one that was learnt."""
