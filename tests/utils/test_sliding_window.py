@@ -73,13 +73,10 @@ class Held:
         """When the vendor counted it, if that was not when it left."""
         self.gone_from = self.gone_at = inf
         """It counts until the first of these instants for sure, and from the second no more."""
+        self.output = 0
         self.produced: list[tuple[float, int]] = []
         self.settled = False
         self.until = -inf
-
-    @property
-    def output(self) -> int:
-        return sum(amount for _, amount in self.produced)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -193,8 +190,13 @@ class LedgerMachine(RuleBasedStateMachine):
         held.gone_from = self.now + WINDOW + self.guard
         held.gone_at = self.now + WINDOW + self.longest_guard + self.grain
 
-    def produces(self, held: Held, amount: int) -> None:
-        if amount > 0 and self.ledger.bounded:
+    def produces(self, held: Held, total: int) -> None:
+        amount = total - held.output
+        if amount <= 0:
+            return
+        held.output = total
+        # Where nobody asks for it, it is not written down.
+        if self.limits[2] is not None or (self.limits[3] is not None and self.output_counts):
             held.produced.append((self.now, amount))
 
     @precondition(lambda self: self.all)
@@ -230,7 +232,7 @@ class LedgerMachine(RuleBasedStateMachine):
             mean = min(mean, held.most - max(total, held.output))
         held.reservation.produced(total, mean=mean, variance=variance, now=self.now)
         if not held.settled:
-            self.produces(held, total - held.output)
+            self.produces(held, total)
             held.mean, held.variance = mean, variance
 
     @precondition(lambda self: self.all)
@@ -269,7 +271,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if refund and held.left is None:
             held.gone_from = held.gone_at = -inf
         held.cost = Cost(actual.requests, max(0, actual.input_tokens), 0, max(0, actual.tokens))
-        self.produces(held, actual.output_tokens - held.output)
+        self.produces(held, actual.output_tokens)
         if until is not None:
             held.until = until
 
