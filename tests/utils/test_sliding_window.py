@@ -73,13 +73,10 @@ class Held:
         """When the vendor counted it, if that was not when it left."""
         self.gone_from = self.gone_at = inf
         """It counts until the first of these instants for sure, and from the second no more."""
+        self.output = 0
         self.produced: list[tuple[float, int]] = []
         self.settled = False
         self.until = -inf
-
-    @property
-    def output(self) -> int:
-        return sum(amount for _, amount in self.produced)
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -193,8 +190,13 @@ class LedgerMachine(RuleBasedStateMachine):
         held.gone_from = self.now + WINDOW + self.guard
         held.gone_at = self.now + WINDOW + self.longest_guard + self.grain
 
-    def produces(self, held: Held, amount: int) -> None:
-        if amount > 0 and self.ledger.bounded:
+    def produces(self, held: Held, total: int) -> None:
+        amount = total - held.output
+        if amount <= 0:
+            return
+        held.output = total
+        # Where nobody asks for it, it is not written down.
+        if self.limits[2] is not None or (self.limits[3] is not None and self.output_counts):
             held.produced.append((self.now, amount))
 
     @precondition(lambda self: self.all)
@@ -230,7 +232,7 @@ class LedgerMachine(RuleBasedStateMachine):
             mean = min(mean, held.most - max(total, held.output))
         held.reservation.produced(total, mean=mean, variance=variance, now=self.now)
         if not held.settled:
-            self.produces(held, total - held.output)
+            self.produces(held, total)
             held.mean, held.variance = mean, variance
 
     @precondition(lambda self: self.all)
@@ -269,7 +271,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if refund and held.left is None:
             held.gone_from = held.gone_at = -inf
         held.cost = Cost(actual.requests, max(0, actual.input_tokens), 0, max(0, actual.tokens))
-        self.produces(held, actual.output_tokens - held.output)
+        self.produces(held, actual.output_tokens)
         if until is not None:
             held.until = until
 
@@ -433,6 +435,18 @@ def test_unless_told_otherwise_a_window_is_a_minute_and_a_quarter_second() -> No
     ledger = Ledger(requests=1)
     send(ledger, Cost(), 0.0)
     assert ledger.next_expiry(0.0) == 60.25
+
+
+def test_unless_told_otherwise_nothing_is_one_and_no_margin_is_held() -> None:
+    ledger = Ledger(requests=9, output_tokens=100)
+    for at in (0.0, 0.125, 0.25):
+        reservation = ledger.reserve(Cost(1, 0, 10), now=at, variance=100.0)
+        assert reservation is not None
+        reservation.sent(at)
+        reservation.produced(10, mean=0, variance=100.0, now=at)
+    assert [entry.expiry for entry in ledger._log] == [60.25, 60.375, 60.5]
+    assert [entry.expiry for entry in ledger._produced] == [60.0, 60.125, 60.25]
+    assert ledger.reserve(Cost(1, 0, 70), now=1.0, variance=100.0) is not None
 
 
 def test_without_a_guard_there_is_nothing_to_leave_to_it() -> None:
@@ -933,6 +947,16 @@ def test_the_margin_is_held_once_for_all_answers_together() -> None:
     assert admitted == [True, True, True, False]
 
 
+def test_output_goes_a_window_after_it_came_whatever_goes_before_the_last_of_it() -> None:
+    ledger = Ledger(requests=10, output_tokens=100, window=WINDOW, guard=GUARD)
+    reservation = send(ledger, Cost(1, 0, 20), 1.0)
+    for at, total in ((1.0, 5), (2.0, 9)):
+        reservation.produced(total, mean=0, variance=0.0, now=at)
+        ledger.expire(at)
+    seen = [(ledger.next_expiry(now), ledger.output_used) for now in (2.0, 1.0 + WINDOW, 1.0 + SPAN)]
+    assert seen == [(1.0 + WINDOW, 9), (1.0 + SPAN, 4), (2.0 + WINDOW, 4)]
+
+
 def test_what_has_come_is_promised_no_more() -> None:
     ledger = Ledger(output_tokens=100, window=WINDOW, z=1.0)
     reservation = send(ledger, Cost(1, 0, 50), 0.0)
@@ -964,6 +988,19 @@ def test_an_answer_that_was_given_up_stays_open_for_as_long_as_it_may_be_produce
     assert ledger.next_expiry(2.0) == 5.0
     assert ledger.reserve(Cost(1, 0, 41), now=5.0) is not None
     assert ledger.open_count == 1
+
+
+def test_of_several_answers_that_were_given_up_each_stays_open_until_its_own_end() -> None:
+    ledger = Ledger(output_tokens=100, window=WINDOW)
+    for until in (9.0, 2.0, 4.0):
+        send(ledger, Cost(1, 0, 10), 0.0).settle(Cost(1, 0, 0), now=0.0, until=until)
+    assert [(ledger.next_expiry(now), ledger.open_output) for now in (0.0, 2.0, 4.0, SPAN, 9.0)] == [
+        (2.0, 30),
+        (4.0, 20),
+        (SPAN, 10),
+        (9.0, 10),
+        (None, 0),
+    ]
 
 
 def test_an_answer_that_must_have_ended_by_now_leaves_nothing_open() -> None:
@@ -1110,6 +1147,23 @@ def test_what_is_learnt_of_others_adds_up_and_is_gone_a_window_later(
     ledger.expire(now + WINDOW + 3.0 + 2 * WINDOW / 60)
     assert ledger.foreign == type(ledger.foreign)(inf)
     assert [ledger.used(dimension) for dimension in DIMENSIONS] == [0, 0, 0, 0]
+
+
+def test_what_others_used_counts_a_guard_longer_too() -> None:
+    ledger = Ledger(requests=100, window=60.0, guard=0.75)
+    ledger.add_foreign("requests", 60, now=10.0)
+    assert ledger.next_expiry(10.0) == 12.0, "a second and the guard, rounded to steps of a second"
+    assert ledger.next_expiry(70.75) == 71.0
+    assert ledger.next_expiry(71.0) is None
+
+
+def test_what_others_used_is_let_go_of_when_it_is_the_first_to_go() -> None:
+    """Also while something of our own goes before the last of it."""
+    ledger = Ledger(requests=100, window=60.0, guard=0.0)
+    ledger.add_foreign("requests", 60, now=0.0)
+    send(ledger, Cost(), 0.0)
+    ledger.expire(0.5)
+    assert ledger.next_expiry(0.5) == 1.0
 
 
 def test_less_is_taken_off_everything_that_was_known_of_others() -> None:
