@@ -395,6 +395,12 @@ def test_less_than_one_request_in_a_burst_is_one_in_so_many_seconds() -> None:
     assert [limited.fill(now) for now in (0.0, 1.0, 3.0, 3.2)] == [1, 0, 0, 1]
 
 
+def test_a_share_that_is_no_whole_number_wastes_nothing() -> None:
+    """100 a minute are 1.67 in a second: one in 0.6 s, and not one in a second."""
+    limited = rig(requests_per_minute=100, burst_seconds=1.0)
+    assert [limited.fill(now) for now in (0.0, 0.5, 0.7, 1.0, 1.4)] == [1, 0, 1, 0, 1]
+
+
 def test_a_prompt_above_a_bursts_share_waits_until_the_burst_is_empty() -> None:
     """It fits a minute, so it must go at some time."""
     limited = rig(input_tokens_per_minute=600, tokens_per_minute=600, burst_seconds=1.0)
@@ -407,6 +413,8 @@ def test_what_no_window_could_hold_is_said() -> None:
     limited = rig(input_tokens_per_minute=100)
     assert limited.quota.too_large(Cost(1, 101)) == ("input_tokens", 101, 100)
     assert limited.quota.too_large(Cost(1, 100)) is None
+    daily = rig(tokens_per_day=100)
+    assert daily.quota.too_large(Cost(1, 101, 0, 101)) == ("tokens", 101, 100)
 
 
 def test_it_opens_when_the_first_thing_of_any_window_expires() -> None:

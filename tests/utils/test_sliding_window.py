@@ -322,13 +322,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if not ledger.bounded:
             assert not ledger._log, "a ledger without limits keeps no log"
             return
-        # What is produced is written down only where there is a limit that it counts of.
-        told = [each for each in range(4) if each != 2 or ledger._counts_output()]
         own = tuple(ledger.used(each) - getattr(ledger.foreign, each) for each in DIMENSIONS)
-        least, most = self.sums(most=False), self.sums(most=True)
-        assert all(least[each] <= own[each] for each in told)
+        assert all(least <= used for least, used in zip(self.sums(most=False), own, strict=True))
         if not self.held_long:
-            assert all(own[each] <= most[each] for each in told)
+            assert all(used <= most for used, most in zip(own, self.sums(most=True), strict=True))
 
     @invariant()
     def what_is_open_is_what_was_not_settled_and_the_tails(self) -> None:

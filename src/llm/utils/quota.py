@@ -80,6 +80,7 @@ class Quota:
         "_allowance",
         "_answered",
         "_configured",
+        "_day",
         "_deviation",
         "_free",
         "_guard",
@@ -144,6 +145,7 @@ class Quota:
         """What may be used, configured or adopted, when no ramp caps it."""
         self._spans: list[Ledger] = list(_further(limits, window, guard, self.counting.reserve_max))
         """Windows beside the limits' own that are configured."""
+        self._day = self._spans[0] if limits.requests_per_day or limits.tokens_per_day else None
         self._others = self._spans
         """Those, and the one that was learnt."""
         self.concurrent_limit = limits.concurrent_requests
@@ -217,7 +219,10 @@ class Quota:
 
     def too_large(self, cost: Cost) -> tuple[str, int, int] | None:
         """The dimension, need and limit that keep *cost* out for ever, or None."""
-        return self.ledger.too_large(cost)
+        excess = self.ledger.too_large(cost)
+        if excess is None and self._day is not None:
+            excess = self._day.too_large(cost)
+        return excess
 
     def leaves_room(self, head: Cost, cost: Cost, *, now: float) -> bool:
         """Whether *head*, which must wait, could go just as soon if *cost* went before it."""
@@ -376,6 +381,7 @@ class Quota:
         """Nobody is left to settle what is open: it counts as spent."""
         self.ledger = self.ledger.successor(now)
         self._spans = [ledger.successor(now) for ledger in self._spans]
+        self._day = self._spans[0] if self._day is not None else None
         if self._slow is not None:
             self._slow = self._slow.successor(now)
         self._others = [*self._spans, *([self._slow] if self._slow is not None else ())]
@@ -481,12 +487,15 @@ def _further(limits: LimitSettings, window: float, guard: float, reserve_max: bo
     burst = limits.burst_seconds
     if burst is not None and burst < window:
         requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
-        if requests is not None and requests * burst < window:
-            # Less than one in a burst: one in so many seconds.
-            burst = window / requests
+        some = None
+        if requests is not None:
+            # A whole number of requests, at least one, in the time in which as many are allowed: 100 a minute are one
+            # in 0.6 s, and not one in a second.
+            some = max(1, int(requests * burst / window + 1e-9))
+            burst = some * window / requests
         share = burst / window
         yield Ledger(
-            requests=int(requests * share + 1e-9) if requests is not None else None,
+            requests=some,
             input_tokens=_part(limits.input_tokens_per_minute, share),
             tokens=_part(tokens, share),
             window=burst,
