@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, Literal, TypeVar
 
 from llm.core.types import Cost
-from llm.middleware.rate_limiter import PER_BYTE
 from llm.transports.base import Exchange, HTTPRequest, Transport, TransportResponse
+from llm.utils.appraisal import PER_BYTE
 from llm.utils.clock import Clock
 
 T = TypeVar("T")

@@ -185,8 +185,8 @@ def build(scenario: Scenario) -> Run:
 def count_plainly(manager: LLMManager) -> None:
     """Let every prompt and answer be reckoned at what :data:`RESERVED` says, whatever was learnt before."""
     for line in manager._lines.values():
-        line.limiter._estimator = Counted(a_quarter_of_the_bytes)
-        line.limiter._predictor = Guessed(RESERVED.output_tokens)
+        line.limiter._appraiser.estimator = Counted(a_quarter_of_the_bytes)
+        line.limiter._appraiser.predictor = Guessed(RESERVED.output_tokens)
 
 
 def is_failure(answer: Answer, status: int) -> bool:

@@ -10,7 +10,6 @@ from math import inf
 from typing import Any, cast
 
 import pytest
-from msgspec.structs import replace
 
 from llm.core.events import CallAdmitted, CallQueued
 from llm.core.exceptions import (
@@ -18,19 +17,15 @@ from llm.core.exceptions import (
     LLMConnectionError,
     LLMDeadlineExceededError,
     LLMException,
-    LLMInvalidRequestError,
     LLMOverloadedError,
     LLMPoolExhaustedError,
     LLMRateLimitError,
     LLMRequestTooLargeError,
-    LLMStreamInterruptedError,
-    LLMTimeoutError,
 )
-from llm.core.types import Cost, Counting, SettledCallback, Settlement, Usage
+from llm.core.types import Cost, SettledCallback, Settlement, Usage
 from llm.middleware.base import Call, Reply
-from llm.middleware.rate_limiter import OVERTAKERS, charge
+from llm.middleware.rate_limiter import OVERTAKERS
 from llm.testing.journal import check_window
-from llm.utils.sliding_window import NOTHING
 
 from .fakes import GUARD, SPAN, WINDOW, Bench, Hold, answer, ask, limited, outcome
 
@@ -628,72 +623,6 @@ def assert_empty_queues(bench: Bench) -> None:
 
 
 # -- what attempts cost ----------------------------------------------------------------------------------------------
-
-RESERVED = Cost(1, 100, 50, 100)
-HALF = Usage(input_tokens=70, output_tokens=20)
-CANCELLED = asyncio.CancelledError()
-
-
-@pytest.mark.parametrize(
-    ("sent", "settlement", "cost"),
-    [
-        # It never left: nothing.
-        (False, Settlement(error=LLMConnectionError("")), NOTHING),
-        (False, Settlement(error=CANCELLED), NOTHING),
-        (False, Settlement(error=ValueError()), NOTHING),
-        # 429 and refusals: the request is counted, the tokens are not.
-        (True, Settlement(error=LLMRateLimitError("", status=429)), Cost(1, 0, 0)),
-        (True, Settlement(error=LLMInvalidRequestError("", status=400)), Cost(1, 0, 0)),
-        (True, Settlement(error=LLMAuthenticationError("", status=401)), Cost(1, 0, 0)),
-        (True, Settlement(error=LLMInvalidRequestError("", status=422)), Cost(1, 0, 0)),
-        # So are 500, 503 and 529.
-        (True, Settlement(error=LLMOverloadedError("", status=529)), Cost(1, 0, 0)),
-        (True, Settlement(error=LLMOverloadedError("", status=500)), Cost(1, 0, 0)),
-        # Broken off after it had left: its input is paid, and what was seen of its output.
-        (True, Settlement(error=LLMTimeoutError("")), Cost(1, 100, 0)),
-        (True, Settlement(error=LLMConnectionError("")), Cost(1, 100, 0)),
-        (True, Settlement(error=CANCELLED), Cost(1, 100, 0)),
-        (True, Settlement(error=RuntimeError("a bug")), Cost(1, 100, 0)),
-        (True, Settlement(error=LLMStreamInterruptedError(""), usage=HALF), Cost(1, 70, 20)),
-        (True, Settlement(error=CANCELLED, usage=Usage(0, 80)), Cost(1, 100, 80)),
-        (True, Settlement(error=LLMOverloadedError("", status=529), usage=HALF), Cost(1, 70, 20)),
-        # Success: what it really was.
-        (True, Settlement(usage=HALF, exact=True), Cost(1, 70, 20)),
-        (True, Settlement(usage=Usage(170, 900), exact=True), Cost(1, 170, 900)),
-        (True, Settlement(usage=Usage(70, 0), exact=True), Cost(1, 70, 0)),
-        # A server that does not count its tokens used them all the same.
-        (True, Settlement(usage=None, exact=True), Cost(1, 100, 50)),
-        (True, Settlement(usage=Usage(0, 0), exact=True), Cost(1, 100, 50)),
-        (True, Settlement(usage=Usage(0, 20), exact=True), Cost(1, 100, 20)),
-    ],
-)
-def test_the_refund_table(sent: bool, settlement: Settlement, cost: Cost) -> None:
-    charged = charge(RESERVED, settlement, sent=sent)
-    assert replace(charged, tokens=0) == cost
-    assert charged.tokens == charged.input_tokens, "output counts of the combined tokens as it is produced"
-
-
-def test_what_was_seen_of_a_stream_counts_where_the_vendor_has_told_less() -> None:
-    broken = Settlement(error=LLMStreamInterruptedError(""), usage=HALF)
-    assert charge(RESERVED, broken, sent=True, produced=35) == Cost(1, 70, 35, 70)
-    assert charge(RESERVED, Settlement(error=CANCELLED), sent=True, produced=35) == Cost(1, 100, 35, 100)
-    whole = Settlement(usage=HALF, exact=True)
-    assert charge(RESERVED, whole, sent=True, produced=35) == Cost(1, 70, 20, 70), "in the end the vendor's word counts"
-
-
-@pytest.mark.parametrize(
-    ("counting", "settlement", "cost"),
-    [
-        (Counting(rejected=False), Settlement(error=LLMRateLimitError("", status=429)), NOTHING),
-        (Counting(rejected=False), Settlement(error=LLMOverloadedError("", status=529)), Cost(1, 0, 0)),
-        (Counting(cache_reads=False), Settlement(usage=Usage(100, 20, cache_read_tokens=90)), Cost(1, 10, 20, 10)),
-        (Counting(), Settlement(usage=Usage(100, 20, cache_read_tokens=90)), Cost(1, 100, 20, 100)),
-        (Counting(reserve_max=True), Settlement(usage=HALF), Cost(1, 70, 20, 4096)),
-        (Counting(reserve_max=True), Settlement(error=LLMOverloadedError("", status=500)), Cost(1, 0, 0)),
-    ],
-)
-def test_vendors_count_differently(counting: Counting, settlement: Settlement, cost: Cost) -> None:
-    assert charge(Cost(1, 100, 50, 4096), settlement, sent=True, counting=counting) == cost
 
 
 async def test_an_answers_usage_corrects_what_was_reserved() -> None:

@@ -18,8 +18,8 @@ from msgspec.structs import replace
 from llm.core.exceptions import LLMConnectionError, LLMException, LLMProviderError, LLMRateLimitError, LLMTimeoutError
 from llm.core.settings import LimitSettings
 from llm.core.types import Cost, Counting, LimitState, ObservedLimits, Settlement, Usage
-from llm.middleware.rate_limiter import charge
 from llm.testing.journal import check_window
+from llm.utils.appraisal import charge
 from llm.utils.quota import SHARED_SECONDS, Quota
 from llm.utils.sliding_window import DIMENSIONS, NOTHING, Dimension, Ledger, Reservation
 

@@ -48,6 +48,7 @@ from ..core.types import (
     Usage,
 )
 from ..utils.alarms import Alarms
+from ..utils.appraisal import COUNTS_ALL, Appraiser, Need, charge
 from ..utils.clock import Clock, TimerHandle
 from ..utils.fairness import Fairness, Flow
 from ..utils.output_predictor import OutputPredictor
@@ -72,68 +73,18 @@ LOOK_BEHIND = 64
 RECHECK_SECONDS = 1.0
 RECHECKED = 16
 """Waiting calls whose deadlines are held against the latest state, the nearest ones, and how often."""
-CACHED_FROM = 1024
-"""Tokens: shorter prompts are cached by no vendor."""
 MAX_AFFINITIES = 1024
 """Conversations whose keys are remembered."""
 RAMP_CODES = frozenset(("slow_down", "ramp_limit_exceeded"))
 """OpenAI's and Anthropic's words for traffic that grew too fast (WIRE §1.6, §2.6)."""
-PER_BYTE = 0.22
-LEAST_PER_BYTE, MOST_PER_BYTE = 0.1, 1.0
-"""Output tokens in a byte of text, before anything is known; and what is believed."""
-LEARN_ALL, LEARN_EVERY = 1000, 0.01
-"""Answers of which each is learnt from, and the seconds between two lessons after them."""
 PULL_SECONDS = 0.25
 """Between two looks at how far the streams are."""
 WEIGHTS: Mapping[Priority, float] = {Priority.HIGH: 8.0, Priority.NORMAL: 3.0, Priority.LOW: 1.0}
 
 
-def charge(
-    reserved: Cost, settlement: Settlement, *, sent: bool, produced: int = 0, counting: Counting | None = None
-) -> Cost:
-    """What an attempt costs in the end, of what was *reserved* for it: the refund table (RATE_LIMITING §3.4).
-
-    A request that never left costs nothing. One that was refused has cost a request, unless the vendor does not count
-    those it answers with 429. One that broke off after it had been sent may have been worked on: its input is paid, and
-    its output as far as it was seen (*produced* of a stream, or what the vendor said).
-    """
-    if not sent:
-        return NOTHING
-    counting = counting if counting is not None else _COUNTS_ALL
-    usage, error = settlement.usage, settlement.error
-    if error is not None and usage is None and isinstance(error, LLMException):
-        status = error.status
-        if status is not None and status >= 400:
-            return Cost(reserved.requests, 0, 0) if status != 429 or counting.rejected else NOTHING
-    if usage is None or not usage.total_tokens:
-        if error is None:
-            # Some compatible servers do not count, or say nothing but zeros.
-            return Cost(reserved.requests, reserved.input_tokens, produced or reserved.output_tokens, reserved.tokens)
-        return Cost(reserved.requests, reserved.input_tokens, produced, reserved.tokens)
-    input_tokens = usage.input_tokens - (0 if counting.cache_reads else usage.cache_read_tokens)
-    if not usage.input_tokens:
-        input_tokens = reserved.input_tokens
-    output = usage.output_tokens if error is None else max(usage.output_tokens, produced)
-    return Cost(reserved.requests, input_tokens, output, reserved.tokens if counting.reserve_max else input_tokens)
-
-
-_COUNTS_ALL = Counting()
-
-
 def _together(model: str) -> str:
     """All models share one limit."""
     return "*"
-
-
-class Need(msgspec.Struct, frozen=True, gc=False):
-    """What a call needs, apart from the model that will answer it."""
-
-    measure: float
-    """Its prompt in tokens, before anything learnt of the model."""
-    max_tokens: int | None
-    tag: str
-    affinity: int
-    """Says which calls begin with the same long text; 0 if that is of no use."""
 
 
 class RateLimitMiddleware:
@@ -158,7 +109,7 @@ class RateLimitMiddleware:
         acquire_timeout: float | None = None,
         max_queue: int | None = None,
         weights: Mapping[Priority, float] = WEIGHTS,
-        counting: Counting = _COUNTS_ALL,
+        counting: Counting = COUNTS_ALL,
         group: Callable[[str], str] = _together,
         slow_start: bool = False,
         estimator: TokenEstimator | None = None,
@@ -175,16 +126,12 @@ class RateLimitMiddleware:
         self._counting = counting
         self._group = group
         self._slow_start = slow_start
-        self._estimator = estimator if estimator is not None else TokenEstimator()
-        self._predictor = predictor if predictor is not None else OutputPredictor()
+        self._appraiser = Appraiser(estimator, predictor)
         self._quotas: dict[tuple[str, str], Quota] = {}
         self._quota_of: dict[tuple[PoolKey, str], Quota] = {}
         self._keys_of: dict[Quota, list[str]] = {}
         self._owners: dict[str, str] = {}
         self._affinities: dict[int, PoolKey] = {}
-        self._per_byte = PER_BYTE
-        self._learnt = 0
-        self._learn_at = -inf
         self._fairness = Fairness(weights)
         self._routes: dict[tuple[tuple[PoolKey, ...], frozenset[Quota]], _Route] = {}
         self._waiting = 0
@@ -206,9 +153,10 @@ class RateLimitMiddleware:
         return f"<RateLimitMiddleware: {self._waiting} queued, {len(self._quotas)} quotas>"
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
-        request, estimator = call.request, self._estimator
+        request, appraiser = call.request, self._appraiser
+        estimator = appraiser.estimator
         measure = await self._measure(request) if estimator.exact else estimator.measure(request)
-        permit = _Permit(self, self._need(request, measure))
+        permit = _Permit(self, appraiser.need(request, measure))
         permit.take(call, self._admit(call, permit.need) or await self._wait(call, permit.need))
         call.admission = permit
         try:
@@ -249,7 +197,7 @@ class RateLimitMiddleware:
                     counting=self._counting_of(group),
                     guard=self._guard,
                     slow_start=self._slow_start and self._enabled,
-                    z=self._predictor.z,
+                    z=self._appraiser.predictor.z,
                     told=self._tell,
                 )
                 self._keys_of[quota] = []
@@ -266,22 +214,22 @@ class RateLimitMiddleware:
         Raises:
             LLMException: no key can take it, as the call itself would be told.
         """
-        need = self._need(request, await self._measure(request))
+        need = self._appraiser.need(request, await self._measure(request))
         route = tuple(self._pool.route(model))
         self._raise_refusal(route)
         keys = self._fitting(self._name, model, route, need)
         now, options = self._clock.now(), request.options
         flow = self._fairness.flow(options.priority, options.tenant)
         name = self._model(model, keys[0])
-        cost, _ = self._cost(need, name, self.quota(keys[0], name).counting)
+        cost, _ = self._appraiser.cost(need, name, self.quota(keys[0], name).counting)
         wait = self._time_until(model, flow, self._tickets + 1, keys, need, now)
         return Estimate(input_tokens=cost.input_tokens, output_tokens=cost.output_tokens, wait=wait)
 
     async def _measure(self, request: Request) -> float:
-        if self._estimator.is_slow(request):
+        if self._appraiser.estimator.is_slow(request):
             # An exact tokenizer would hold up everybody else for milliseconds.
-            return await asyncio.to_thread(self._estimator.measure, request)
-        return self._estimator.measure(request)
+            return await asyncio.to_thread(self._appraiser.estimator.measure, request)
+        return self._appraiser.estimator.measure(request)
 
     def statistics(self) -> dict[str, Any]:
         """Who waits, by priority and tenant; and of each quota what is used, reserved, foreign, and what may be."""
@@ -340,25 +288,6 @@ class RateLimitMiddleware:
             quota.start_afresh(now)
 
     # -- one call's way in ---------------------------------------------------------------------------------------------
-
-    def _need(self, request: Request, measure: float) -> Need:
-        options, messages = request.options, request.messages
-        affinity = 0
-        if measure >= CACHED_FROM and len(messages) > 1:
-            # What a conversation begins with is what a vendor has cached; its last turn is new.
-            affinity = hash((messages[0].content, messages[1].content if len(messages) > 2 else ""))
-        return Need(measure, options.max_tokens, options.tag, affinity)
-
-    def _cost(self, need: Need, model: str, counting: Counting) -> tuple[Cost, float]:
-        """What *need* takes if *model* answers, and the variance of the output in it."""
-        input_tokens = self._estimator.estimate(need.measure, model=model, tag=need.tag)
-        mean, variance = self._predictor.expect(model=model, tag=need.tag, max_tokens=need.max_tokens)
-        if not counting.cache_reads:
-            input_tokens -= int(input_tokens * self._estimator.cached(model, need.tag))
-        tokens = input_tokens
-        if counting.reserve_max:
-            tokens = max(input_tokens, need.max_tokens if need.max_tokens is not None else ceil(mean))
-        return Cost(1, input_tokens, ceil(mean), tokens), variance
 
     def _admit(self, call: Call, need: Need) -> _Grant | None:
         """The permit of one attempt if nobody waits and a key can take it now.
@@ -429,7 +358,7 @@ class RateLimitMiddleware:
         for key in route:
             model = self._model(asked, key)
             quota = self.quota(key, model)
-            excess.append(quota.too_large(self._cost(need, model, quota.counting)[0]))
+            excess.append(quota.too_large(self._appraiser.cost(need, model, quota.counting)[0]))
         if not any(excess):
             return route
         fitting = tuple(key for key, too_large in zip(route, excess, strict=True) if too_large is None)
@@ -451,7 +380,7 @@ class RateLimitMiddleware:
     ) -> float:
         """Seconds until a call with *ticket* can be admitted, at the earliest."""
         quotas = dict.fromkeys(self.quota(key, self._model(model, key)) for key in keys)
-        cost, _ = self._cost(need, self._model(model, keys[0]), next(iter(quotas)).counting)
+        cost, _ = self._appraiser.cost(need, self._model(model, keys[0]), next(iter(quotas)).counting)
         wait = time_until([quota.ledger for quota in quotas], cost, self._ahead(quotas.keys(), flow, ticket), now=now)
         opens = min(max(key.available_at, self.quota(key, self._model(model, key)).paused_until) - now for key in keys)
         return max(wait, opens)
@@ -520,7 +449,7 @@ class RateLimitMiddleware:
             ticket=ticket,
             arrival=self._arrivals,
             need=need,
-            cost=self._cost(need, self._model(call.model, keys[0]), self._counting)[0],
+            cost=self._appraiser.cost(need, self._model(call.model, keys[0]), self._counting)[0],
             since=now,
         )
         self._fairness.join(flow)
@@ -722,7 +651,7 @@ class RateLimitMiddleware:
                 continue
             if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
                 self._pull(quota, name, now)
-            cost, variance = self._cost(need, name, quota.counting)
+            cost, variance = self._appraiser.cost(need, name, quota.counting)
             if beside is not None and not quota.leaves_room(beside, cost, now=now):
                 continue
             reservation = quota.reserve(cost, now=now, variance=variance)
@@ -749,8 +678,8 @@ class RateLimitMiddleware:
             permit.progress(now)
         ledger = quota.ledger
         ledger.seen_at = now
-        if self._predictor.look_ahead and not quota.shared(now):
-            ledger.lead, ledger.speed = quota.first_token, self._predictor.speed(model)
+        if self._appraiser.predictor.look_ahead and not quota.shared(now):
+            ledger.lead, ledger.speed = quota.first_token, self._appraiser.predictor.speed(model)
 
     def _give_back(self, grant: _Grant) -> None:
         grant.quota.settle(grant.reservation, NOTHING, now=self._clock.now())
@@ -769,38 +698,6 @@ class RateLimitMiddleware:
                 self._events.publish(SlowStarted(at=now, provider=provider, quota=name))
         elif LimitAdopted in self._events.wanted:
             self._events.publish(LimitAdopted(at=now, provider=provider, quota=name, dimension=dimension, limit=limit))
-
-    def _learn(self, permit: _Permit, usage: Usage, stream: ResponseStream | None, now: float) -> None:
-        """An answer has ended: the next ones are estimated by it."""
-        if now < self._learn_at:
-            # A hundred answers a second tell all that there is to be told, and each costs as much as half an admission.
-            return
-        self._learnt += 1
-        if self._learnt > LEARN_ALL:
-            self._learn_at = now + LEARN_EVERY
-        model, need = permit.model, permit.need
-        if usage.input_tokens > 0:
-            self._estimator.learn(
-                need.measure, model=model, tag=need.tag, actual=usage.input_tokens, cached=usage.cache_read_tokens
-            )
-        output = usage.output_tokens
-        if output > 0:
-            began = permit.began
-            self._predictor.learn(
-                model=model,
-                tag=need.tag,
-                output_tokens=output,
-                max_tokens=need.max_tokens,
-                seconds=now - began if began is not None else None,
-                under_way=permit.quota.ledger.open_count,
-            )
-            if stream is not None and (received := stream.received):
-                # Of an answer that thought unseen, what was seen says little: that is what the bounds are for.
-                self._per_byte += 0.05 * (min(max(output / received, LEAST_PER_BYTE), MOST_PER_BYTE) - self._per_byte)
-
-    def _tokens_in(self, received: int) -> int:
-        """Output tokens in so many bytes of text."""
-        return int(received * self._per_byte)
 
     def _note_owners(self, key: PoolKey, quota: Quota, owners: Sequence[str]) -> None:
         """Warn once of keys that share an owner, and so limits, but not a pool."""
@@ -1028,7 +925,7 @@ class _Permit:
                 probe = quota.probe(now, since=self._sent_at)
             if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
                 limiter._pull(quota, self.model, now)
-            self._told = quota.observe(probe, limits, speed=limiter._predictor.speed(self.model), now=now)
+            self._told = quota.observe(probe, limits, speed=limiter._appraiser.predictor.speed(self.model), now=now)
             if limits.owners:
                 limiter._note_owners(self._pool_key, quota, limits.owners)
         else:
@@ -1054,11 +951,11 @@ class _Permit:
         stream, reservation, limiter = self._stream, self._reservation, self._limiter
         if stream is None or reservation is None:
             return
-        produced = limiter._tokens_in(stream.received)
+        produced = limiter._appraiser.tokens_in(stream.received)
         usage = stream.usage
         if usage is not None and usage.output_tokens > produced:
             produced = usage.output_tokens
-        mean, variance = limiter._predictor.expect(
+        mean, variance = limiter._appraiser.predictor.expect(
             model=self.model, tag=self.need.tag, max_tokens=self.need.max_tokens, produced=produced
         )
         reservation.produced(produced, mean=ceil(mean), variance=variance, now=now)
@@ -1075,7 +972,7 @@ class _Permit:
             self._stream = None
             quota.streams.discard(self)
             quota.ledger.producing = len(quota.streams)
-            produced = limiter._tokens_in(stream.received)
+            produced = limiter._appraiser.tokens_in(stream.received)
         actual = charge(
             self._cost,
             settlement,
@@ -1087,7 +984,15 @@ class _Permit:
         sent_at = self._sent_at
         if error is None:
             if settlement.usage is not None:
-                limiter._learn(self, settlement.usage, stream, now)
+                limiter._appraiser.learn(
+                    self.need,
+                    settlement.usage,
+                    model=self.model,
+                    seconds=now - self.began if self.began is not None else None,
+                    under_way=quota.ledger.open_count,
+                    received=stream.received if stream is not None else 0,
+                    now=now,
+                )
             if not quota.open and sent_at is not None:
                 quota.accepted(sent_at)
         elif sent_at is not None:
@@ -1106,7 +1011,7 @@ class _Permit:
                 quota.accepted(sent_at)
             else:
                 # Given up or broken off: the vendor may go on with it for a while.
-                until = now + reservation.mean / limiter._predictor.speed(self.model)
+                until = now + reservation.mean / limiter._appraiser.predictor.speed(self.model)
         quota.settle(reservation, actual, now=now, until=until)
         limiter._pool.release(lease, error)
         limiter._schedule()
