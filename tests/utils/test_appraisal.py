@@ -156,7 +156,7 @@ def test_conversations_with_a_long_common_beginning_are_alike_and_others_are_not
 
     def affinity(*contents: str, measure: float = CACHED_FROM) -> int:
         messages = tuple(Message(MessageRole.USER, content) for content in contents)
-        return appraiser.need(Request(messages, "", Options()), measure).affinity
+        return appraiser.measured(Request(messages, "", Options()), measure).affinity
 
     assert affinity("book", "one") == affinity("book", "another") != 0
     assert affinity("book", "one", "more") == affinity("book", "one", "less") != affinity("book", "two", "more")

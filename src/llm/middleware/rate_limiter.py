@@ -153,11 +153,9 @@ class RateLimitMiddleware:
         return f"<RateLimitMiddleware: {self._waiting} queued, {len(self._quotas)} quotas>"
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
-        request, appraiser = call.request, self._appraiser
-        estimator = appraiser.estimator
-        measure = await self._measure(request) if estimator.exact else estimator.measure(request)
-        permit = _Permit(self, appraiser.need(request, measure))
-        permit.take(call, self._admit(call, permit.need) or await self._wait(call, permit.need))
+        need = self._appraiser.need(call.request) or await self._count(call.request)
+        # Thousands may wait here: a permit is made only for those who have got one.
+        permit = _Permit(self, need, self._admit(call, need) or await self._wait(call, need))
         call.admission = permit
         try:
             reply = await handler(call)
@@ -214,7 +212,7 @@ class RateLimitMiddleware:
         Raises:
             LLMException: no key can take it, as the call itself would be told.
         """
-        need = self._appraiser.need(request, await self._measure(request))
+        need = self._appraiser.need(request) or await self._count(request)
         route = tuple(self._pool.route(model))
         self._raise_refusal(route)
         keys = self._fitting(self._name, model, route, need)
@@ -225,11 +223,10 @@ class RateLimitMiddleware:
         wait = self._time_until(model, flow, self._tickets + 1, keys, need, now)
         return Estimate(input_tokens=cost.input_tokens, output_tokens=cost.output_tokens, wait=wait)
 
-    async def _measure(self, request: Request) -> float:
-        if self._appraiser.estimator.is_slow(request):
-            # An exact tokenizer would hold up everybody else for milliseconds.
-            return await asyncio.to_thread(self._appraiser.estimator.measure, request)
-        return self._appraiser.estimator.measure(request)
+    async def _count(self, request: Request) -> Need:
+        """What *request* needs, by an exact tokenizer that would hold up everybody else for milliseconds."""
+        measure = await asyncio.to_thread(self._appraiser.estimator.measure, request)
+        return self._appraiser.measured(request, measure)
 
     def statistics(self) -> dict[str, Any]:
         """Who waits, by priority and tenant; and of each quota what is used, reserved, foreign, and what may be."""
@@ -873,16 +870,17 @@ class _Permit:
     key: KeyRef
     model: str
 
-    def __init__(self, limiter: RateLimitMiddleware, need: Need) -> None:
+    _lease: Lease | None
+    _reservation: Reservation | None
+    _probe: Probe | None
+    _stream: ResponseStream | None
+    _sent_at: float | None
+    began: float | None
+
+    def __init__(self, limiter: RateLimitMiddleware, need: Need, grant: _Grant) -> None:
         self._limiter = limiter
         self.need = need
-        self._lease: Lease | None = None
-        self._reservation: Reservation | None = None
-        self._probe: Probe | None = None
-        self._stream: ResponseStream | None = None
-        self._told = False
-        self._sent_at: float | None = None
-        self.began: float | None = None
+        self._take(grant)
 
     @property
     def wants_limits(self) -> bool:
@@ -893,9 +891,9 @@ class _Permit:
             # A layer that repeats should have settled; what it forgot to give back would be gone for good.
             self.settle(Settlement(error=asyncio.CancelledError()))
         limiter = self._limiter
-        self.take(call, limiter._admit(call, self.need) or await limiter._wait(call, self.need))
+        self._take(limiter._admit(call, self.need) or await limiter._wait(call, self.need))
 
-    def take(self, call: Call, grant: _Grant) -> None:
+    def _take(self, grant: _Grant) -> None:
         """Hold what was granted."""
         key, self.model, self.quota, self._lease, self._reservation, self._cost = grant
         self._pool_key = key

@@ -49,7 +49,14 @@ class Appraiser:
         self._learnt = 0
         self._learn_at = -inf
 
-    def need(self, request: Request, measure: float) -> Need:
+    def need(self, request: Request) -> Need | None:
+        """What *request* needs; None if its prompt is to be counted in a thread (``estimator.measure``)."""
+        estimator = self.estimator
+        if estimator.exact and estimator.is_slow(request):
+            return None
+        return self.measured(request, estimator.measure(request))
+
+    def measured(self, request: Request, measure: float) -> Need:
         """What *request* needs, whose prompt has *measure* tokens before anything learnt."""
         options, messages = request.options, request.messages
         affinity = 0

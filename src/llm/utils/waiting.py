@@ -245,7 +245,7 @@ class Route(Generic[R, N, O]):
 
     def starved(self, now: float) -> float:
         """Seconds of such time, in all."""
-        return self._starved + (now - self.starved_since if self.starved_since is not None else 0.0)
+        return self._starved if self.starved_since is None else self._starved + (now - self.starved_since)
 
     def patience(self, timeout: float, now: float) -> float:
         """Seconds until somebody has waited *timeout* seconds of such time; infinite while none is passing."""
