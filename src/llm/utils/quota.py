@@ -258,15 +258,15 @@ class Quota:
 
     def _is_stale(self, now: float) -> bool:
         """Whether so much has been sent without a word of what is left that the next may be too much."""
-        if now <= self._told_at + STALE or self._told_at == -inf or not self.slow_start:
-            # What is new is still on its way; and who never tells is not waited for.
-            self._unheard = 0
-            return False
         limit = self.ledger.request_limit
         if now < self._shared_until:
             self._unheard_limit = 1
         else:
             self._unheard_limit = limit // UNHEARD_SHARE + 1 if limit is not None else inf
+        if now <= self._told_at + STALE or self._told_at == -inf or not self.slow_start:
+            # What is new is still on its way; and who never tells is not waited for.
+            self._unheard = 0
+            return False
         return self._unheard >= self._unheard_limit
 
     def _begin(self, at: float) -> None:
@@ -372,6 +372,7 @@ class Quota:
             self._apply()
             if self.slow_start and not explained:
                 self._shared_until = now + SHARED_SECONDS
+                self._unheard_limit = 1
                 self._waits_for_news = False
                 self._begin(self.paused_until)
         # Whatever goes next is to tell how things stand.
@@ -434,6 +435,7 @@ class Quota:
         most = max(0, int(used + tolerance - surely))
         if used - EVIDENT * max(1.0, tolerance) > at_most:
             self._shared_until = now + SHARED_SECONDS
+            self._unheard_limit = 1
         if now < self._shared_until and least > 0:
             # Whoever else is there goes on until we hear of it again.
             least += foreign // OTHERS_AHEAD
