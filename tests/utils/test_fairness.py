@@ -18,6 +18,11 @@ SHARE = 0.01
 """Of the scarcest limit, that a call takes unless said otherwise."""
 
 
+def turn(flow: Flow) -> tuple[float, float]:
+    """The smaller, the sooner."""
+    return flow.group.start, flow.start
+
+
 class Queues:
     """Those who wait, by flow, with a number each; whose turn it is goes."""
 
@@ -34,7 +39,7 @@ class Queues:
         self.waiting.setdefault(flow, deque()).append((self.number, share))
 
     def serve(self) -> None:
-        flow = min((flow for flow in self.waiting if self.waiting[flow]), key=lambda each: (each.key, each.tenant))
+        flow = min((flow for flow in self.waiting if self.waiting[flow]), key=lambda each: (turn(each), each.tenant))
         number, share = self.waiting[flow].popleft()
         self.fairness.serve(flow, share)
         self.fairness.leave(flow)
@@ -196,7 +201,7 @@ def test_who_leaves_without_being_served_has_been_charged_nothing() -> None:
     for flow in (one, other, one):
         fairness.join(flow)
     fairness.leave(one)
-    assert one.key == other.key
+    assert turn(one) == turn(other)
     assert fairness.backlog() == {Priority.LOW: {"one": 1, "other": 1}}
 
 
@@ -245,5 +250,5 @@ def test_when_nobody_waits_all_begin_level() -> None:
     queues.run(100, [(Priority.HIGH, "a"), (Priority.LOW, "b")])
     queues.fairness.clear()
     assert queues.fairness.backlog() == {}
-    keys = {queues.fairness.flow(priority, "a").key for priority in Priority}
+    keys = {turn(queues.fairness.flow(priority, "a")) for priority in Priority}
     assert keys == {(0.0, 0.0)}

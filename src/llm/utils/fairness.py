@@ -44,11 +44,6 @@ class Flow:
         self.start = 0.0
         self.backlog = 0
 
-    @property
-    def key(self) -> tuple[float, float]:
-        """The smaller, the sooner its turn."""
-        return self.group.start, self.start
-
 
 class Fairness:
     """The turns of one provider's waiting calls."""
