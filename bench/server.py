@@ -51,8 +51,8 @@ HEADERS = (
     b"date: Sun, 22 Nov 2026 10:00:00 GMT\r\nserver: cloudflare\r\n"
     b"x-request-id: req_5f8a1c2e9b7d4f60a1b2c3d4e5f60718\r\n"
     b"openai-organization: org-bench\r\nopenai-processing-ms: 412\r\nopenai-version: 2020-10-01\r\n"
-    b"x-ratelimit-limit-requests: 10000\r\nx-ratelimit-limit-tokens: 30000000\r\n"
-    b"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-remaining-tokens: 29999970\r\n"
+    b"x-ratelimit-limit-requests: 50000000\r\nx-ratelimit-limit-tokens: 50000000000\r\n"
+    b"x-ratelimit-remaining-requests: 49999999\r\nx-ratelimit-remaining-tokens: 49999999970\r\n"
     b"x-ratelimit-reset-requests: 6ms\r\nx-ratelimit-reset-tokens: 0s\r\n"
     b"strict-transport-security: max-age=31536000; includeSubDomains; preload\r\nx-content-type-options: nosniff\r\n"
     b'cf-cache-status: DYNAMIC\r\ncf-ray: 9a1b2c3d4e5f6071-FRA\r\nalt-svc: h3=":443"; ma=86400\r\n'

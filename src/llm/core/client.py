@@ -311,6 +311,8 @@ def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
     Raises:
         LLMInvalidRequestError: it is empty, or something in it is not a message.
     """
+    if type(messages) is str and messages.isascii():
+        return (Message(MessageRole.USER, messages),)
     if isinstance(messages, str):
         messages = (Message(MessageRole.USER, messages),)
     if isinstance(messages, (Message, Mapping)):

@@ -115,27 +115,71 @@ class Endpoint:
         request = Request(asked.messages, admission.model, asked.options, asked.stream)
         exchange = Exchange(admission.sent)
         started = self._clock.now()
+        deadline = None
         try:
-            reply = await self._attempt(call, key, request, exchange)
-        except LLMException as error:
-            self._describe(call, key, request.model, error)
-            error.sent = error.sent or exchange.connected
-            if error.status == 403 and isinstance(error, LLMAuthenticationError):
+            encoded = self._provider.encode(request, key.secret())
+            with Limit(self._alarms) as limit:
+                if call.deadline is not None:
+                    deadline = self._clock.call_at(call.deadline, limit.expire)
+                response = await self._transport.send(encoded.request, exchange)
                 try:
-                    works = await self._works(key, call)
+                    key.headers = response.headers
+                    if admission.wants_limits or response.status == 429:
+                        limits = self._provider.limits(response.headers)
+                        if limits is not None:
+                            admission.observe(limits=limits)
+                    reply: Reply | None = None
+                    if request.stream and 200 <= response.status < 300:
+                        reply = await self._stream(call, key, request, response, encoded.dropped)
+                    if reply is None:
+                        reply = self._whole(key, request, response, await response.read(), encoded.dropped)
                 except BaseException:
-                    # The caller left; the refusal was there before: it is paid as one, and proves nothing of the key.
-                    error.scope = Scope.REQUEST
-                    admission.settle(Settlement(error=error))
+                    # A body that was read to its end keeps its connection all the same.
+                    response.close()
                     raise
-                if works:
-                    # The key is good: it is this request that is not allowed.
-                    error.scope = Scope.REQUEST
-            self._note(call, key, request.model, started, exchange, error)
-            error.attempts = call.attempts
+        except TimeoutError:
+            error = self._late(call)
+            await self._failed(call, key, request.model, started, exchange, error)
+            try:
+                raise error from None
+            finally:
+                del error
+        except LLMException as error:
+            await self._failed(call, key, request.model, started, exchange, error)
             raise
+        finally:
+            if deadline is not None:
+                deadline.cancel()
         self._note(call, key, request.model, started, exchange, None)
         return reply
+
+    def _late(self, call: Call) -> LLMException:
+        """The error for an attempt whose time was up, or its call's."""
+        if call.deadline is not None and self._clock.now() >= call.deadline - TIMER_ERROR:
+            return LLMDeadlineExceededError("the call's deadline passed while it was being answered")
+        seconds = self._alarms.seconds if self._alarms is not None else 0.0
+        return LLMTimeoutError(f"no answer within the attempt timeout of {seconds:g} s", phase="attempt")
+
+    async def _failed(
+        self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException
+    ) -> None:
+        """Complete the *error* that the attempt ends with, and note the attempt."""
+        self._describe(call, key, model, error)
+        error.sent = error.sent or exchange.connected
+        if error.status == 403 and isinstance(error, LLMAuthenticationError):
+            try:
+                works = await self._works(key, call)
+            except BaseException:
+                # The caller left; the refusal was there before: it is paid as one, and proves nothing of the key.
+                error.scope = Scope.REQUEST
+                if call.admission is not None:
+                    call.admission.settle(Settlement(error=error))
+                raise
+            if works:
+                # The key is good: it is this request that is not allowed.
+                error.scope = Scope.REQUEST
+        self._note(call, key, model, started, exchange, error)
+        error.attempts = call.attempts
 
     def close(self) -> None:
         """End the open streams, also those that nobody is reading, and let go of the timers."""
@@ -162,39 +206,6 @@ class Endpoint:
                 return await self._pool.works(key)
         except TimeoutError:
             return True
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-
-    async def _attempt(self, call: Call, key: Key, request: Request, exchange: Exchange) -> Reply:
-        encoded = self._provider.encode(request, key.secret())
-        deadline = None
-        try:
-            with Limit(self._alarms) as limit:
-                if call.deadline is not None:
-                    deadline = self._clock.call_at(call.deadline, limit.expire)
-                response = await self._transport.send(encoded.request, exchange)
-                try:
-                    key.headers = response.headers
-                    admission = call.admission
-                    if admission is not None and (admission.wants_limits or response.status == 429):
-                        limits = self._provider.limits(response.headers)
-                        if limits is not None:
-                            admission.observe(limits=limits)
-                    if request.stream and 200 <= response.status < 300:
-                        stream = await self._stream(call, key, request, response, encoded.dropped)
-                        if stream is not None:
-                            return stream
-                    return self._whole(key, request, response, await response.read(), encoded.dropped)
-                except BaseException:
-                    # A body that was read to its end keeps its connection all the same.
-                    response.close()
-                    raise
-        except TimeoutError:
-            if call.deadline is not None and self._clock.now() >= call.deadline - TIMER_ERROR:
-                raise LLMDeadlineExceededError("the call's deadline passed while it was being answered") from None
-            seconds = self._alarms.seconds if self._alarms is not None else 0.0
-            raise LLMTimeoutError(f"no answer within the attempt timeout of {seconds:g} s", phase="attempt") from None
         finally:
             if deadline is not None:
                 deadline.cancel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from difflib import get_close_matches
 from math import inf
 from typing import Any, NamedTuple
@@ -55,6 +55,7 @@ class Key:
 
     __slots__ = (
         "_secret",
+        "available_at",
         "headers",
         "limits",
         "model",
@@ -76,6 +77,8 @@ class Key:
         self.quota_pool: str | None = settings.quota_pool
         self._secret = settings.secret
         self.paused_until = 0.0
+        self.available_at = 0.0
+        """The instant from which it may be used: ``paused_until``, or infinite while it is parked."""
         self.parked: Parked | None = None
         self.parkings = 0
         """How often in a row it was parked without serving a call in between."""
@@ -88,10 +91,6 @@ class Key:
 
     def __repr__(self) -> str:
         return f"<Key {self.ref.id} {self.model or 'any model'}{', parked' if self.parked is not None else ''}>"
-
-    @property
-    def available_at(self) -> float:
-        return inf if self.parked is not None else self.paused_until
 
     def secret(self) -> str:
         """The key itself: for a request's headers and nothing else."""
@@ -154,6 +153,7 @@ class ProviderPool:
                 self._routes[key.model] = tuple(k for k in self.keys if k.model in (None, key.model))
         self._next = 0
         self._idle: dict[Key, list[PooledClient]] = {key: [] for key in self.keys}
+        self._wears = self._settings.max_requests is not None or self._settings.max_age is not None
         self._size = 0
         self._created = 0
         self._recycled = 0
@@ -183,22 +183,20 @@ class ProviderPool:
             raise self._no_key_for(model)
         return route
 
-    def rotation(self, route: Sequence[PoolKey]) -> Iterator[PoolKey]:
+    def rotation(self, route: Sequence[PoolKey]) -> Sequence[PoolKey]:
         """*route* from the key that follows the last one used: round robin, while all are able."""
         first = self._next
-        for key in route:
-            if key.ref.number > first:
-                yield key
-        for key in route:
-            if key.ref.number <= first:
-                yield key
+        if len(route) == len(self.keys):
+            # Numbers count from 1.
+            return route if first == len(route) else (*route[first:], *route[:first])
+        return (*(key for key in route if key.ref.number > first), *(key for key in route if key.ref.number <= first))
 
     def lease(self, key: PoolKey) -> PooledClient | None:
         """A client for *key*: an idle one, a new one while there is room, else an idle one of another key recycled."""
-        assert isinstance(key, Key)
+        assert type(key) is Key
         idle = self._idle[key]
         client = idle.pop() if idle else None
-        if client is not None and self._worn(client):
+        if client is not None and self._wears and self._worn(client):
             self._size -= 1
             client = None
         if client is None:
@@ -212,16 +210,20 @@ class ProviderPool:
         return client
 
     def release(self, lease: Lease, error: BaseException | None) -> None:
-        assert isinstance(lease, PooledClient)
+        assert type(lease) is PooledClient
         if lease.number <= self._past:
             return
+        key = lease.key
         lease.served += 1
         self._in_use -= 1
-        if self._worn(lease):
+        if self._wears and self._worn(lease):
             self._size -= 1
         else:
-            self._idle[lease.key].append(lease)
-        self._learn(lease.key, error)
+            self._idle[key].append(lease)
+        if error is None:
+            key.strikes = key.parkings = 0
+        else:
+            self._learn(key, error)
 
     def refusal(self, route: Sequence[PoolKey]) -> LLMException | None:
         if self._closed:
@@ -240,10 +242,8 @@ class ProviderPool:
         """The key that *ref* names."""
         return self.keys[ref.number - 1]
 
-    def _learn(self, key: Key, error: BaseException | None) -> None:
-        if error is None:
-            key.strikes = key.parkings = 0
-        elif isinstance(error, LLMException) and error.scope is Scope.KEY and error.key_id == key.ref.id:
+    def _learn(self, key: Key, error: BaseException) -> None:
+        if isinstance(error, LLMException) and error.scope is Scope.KEY and error.key_id == key.ref.id:
             if error.retryable:
                 self._pause(key, error)
             else:
@@ -264,6 +264,8 @@ class ProviderPool:
         seconds *= 1.0 + PAUSE_SPREAD * self._random()
         if now + seconds > key.paused_until:
             key.paused_until = now + seconds
+            if key.parked is None:
+                key.available_at = key.paused_until
             if KeyPaused in self._events.wanted:
                 self._events.publish(KeyPaused(at=now, provider=self.name, key_id=key.ref.id, seconds=seconds))
         self._changed()
@@ -271,6 +273,7 @@ class ProviderPool:
     def _park(self, key: Key, error: LLMException, *, until: float | None = None) -> None:
         first = key.parked is None
         key.parked = Parked(type(error), error.message, error.status, error.code, until)
+        key.available_at = inf
         if not first:
             return
         now = self._clock.now()
@@ -285,7 +288,7 @@ class ProviderPool:
 
     def _restore(self, key: Key) -> None:
         key.parked = None
-        key.paused_until = 0.0
+        key.paused_until = key.available_at = 0.0
         if KeyRestored in self._events.wanted:
             self._events.publish(KeyRestored(at=self._clock.now(), provider=self.name, key_id=key.ref.id))
         self._changed()

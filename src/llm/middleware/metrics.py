@@ -83,7 +83,11 @@ class MetricsMiddleware:
             self._guarded(self._end_call, call, Settlement(error=error))
             raise
         if type(reply) is LLMResponse:
-            self._guarded(self._end_call, call, Settlement(usage=reply.usage, exact=True))
+            try:
+                self._successful += 1
+                self._latency.add(self._clock.now() - call.started)
+            except Exception as error:
+                self._events.fault("metrics", error)
         else:
             reply.on_settled(partial(self._guarded, self._end_call, call))
         return reply
@@ -101,7 +105,10 @@ class MetricsMiddleware:
             self._guarded(self._end_attempt, call, Settlement(usage=usage, error=error))
             raise
         if type(reply) is LLMResponse:
-            self._guarded(self._end_attempt, call, Settlement(usage=reply.usage, exact=True))
+            try:
+                self._count(call, reply.usage, False)
+            except Exception as error:
+                self._events.fault("metrics", error)
         else:
             self._guarded(self._begin_stream, call, started)
             reply.on_settled(partial(self._guarded, self._end_attempt, call))
@@ -149,18 +156,18 @@ class MetricsMiddleware:
             self._errors[name if name in self._errors or len(self._errors) < MAX_NAMES else "other"] += 1
 
     def _end_attempt(self, call: Call, settlement: Settlement) -> None:
+        self._count(call, settlement.usage or NO_USAGE, settlement.error is not None)
+
+    def _count(self, call: Call, usage: Usage, failed: bool) -> None:
         admission = call.admission
-        usage = settlement.usage or NO_USAGE
         self._input += usage.input_tokens
         self._output += usage.output_tokens
         if admission is not None:
-            failed = settlement.error is not None
-            _sum(self._models, admission.model).add(usage, failed)
-            _sum(self._keys, admission.key.id).add(usage, failed)
+            model, key = admission.model, admission.key.id
+            (self._models.get(model) or _sum(self._models, model)).add(usage, failed)
+            (self._keys.get(key) or _sum(self._keys, key)).add(usage, failed)
 
 
 def _sum(table: dict[str, _Sum], name: str) -> _Sum:
-    found = table.get(name)
-    if found is None:
-        found = table.setdefault(name if len(table) < MAX_NAMES else "other", _Sum())
-    return found
+    """The sum of a *name* that has none yet."""
+    return table.setdefault(name if len(table) < MAX_NAMES else "other", _Sum())

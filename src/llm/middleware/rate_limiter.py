@@ -295,16 +295,18 @@ class RateLimitMiddleware:
         if self._closed:
             raise _closed(call.provider)
         route = self._pool.route(call.model)
-        self._raise_refusal(route)
         if call.ticket is None:
             self._tickets += 1
             call.ticket = self._tickets
-        now = self._clock.now()
-        if not self._waiting and (call.deadline is None or now < call.deadline):
-            grant = self._grant(route, call.model, need, now)
-            if isinstance(grant, _Grant):
-                self._announce(call, grant, 0.0, now)
-                return grant
+        if not self._waiting:
+            now = self._clock.now()
+            if call.deadline is None or now < call.deadline:
+                grant = self._grant(route, call.model, need, now)
+                if type(grant) is _Grant:
+                    if CallAdmitted in self._events.wanted:
+                        self._announce(call, grant, 0.0, now)
+                    return grant
+        self._raise_refusal(route)
         return None
 
     async def _wait(self, call: Call, need: Need) -> _Grant:
@@ -338,7 +340,8 @@ class RateLimitMiddleware:
             finally:
                 # Its traceback holds this frame; what the frame holds would live in a cycle, the prompt with it.
                 del outcome, waiter
-        self._announce(call, outcome, waited, now + waited)
+        if CallAdmitted in self._events.wanted:
+            self._announce(call, outcome, waited, now + waited)
         return outcome
 
     def _raise_refusal(self, route: Sequence[PoolKey]) -> None:
@@ -402,17 +405,16 @@ class RateLimitMiddleware:
         return Cost(requests, input_tokens, 0, tokens)
 
     def _announce(self, call: Call, grant: _Grant, waited: float, now: float) -> None:
-        if CallAdmitted in self._events.wanted:
-            self._events.publish(
-                CallAdmitted(
-                    at=now,
-                    provider=call.provider,
-                    call_id=call.id,
-                    key_id=grant.key.ref.id,
-                    model=grant.model,
-                    waited=waited,
-                )
+        self._events.publish(
+            CallAdmitted(
+                at=now,
+                provider=call.provider,
+                call_id=call.id,
+                key_id=grant.key.ref.id,
+                model=grant.model,
+                waited=waited,
             )
+        )
 
     def _model(self, model: str | None, key: PoolKey) -> str:
         return model or key.model or self._pool.default_model or ""
@@ -660,7 +662,7 @@ class RateLimitMiddleware:
                 return _Blocked.BY_CLIENTS
             if affinity and favourite is not key:
                 self._remember(affinity, key)
-            return _Grant(key, name, quota, lease, reservation, cost)
+            return _new(_Grant, (key, name, quota, lease, reservation, cost))
         return _Blocked.BY_LIMITS
 
     def _remember(self, affinity: int, key: PoolKey) -> None:
@@ -830,6 +832,10 @@ class _Grant(NamedTuple):
     cost: Cost
 
 
+# Half of what calling the class takes.
+_new = tuple.__new__
+
+
 class _Blocked(Enum):
     """What keeps the head of a queue from going."""
 
@@ -880,7 +886,11 @@ class _Permit:
     def __init__(self, limiter: RateLimitMiddleware, need: Need, grant: _Grant) -> None:
         self._limiter = limiter
         self.need = need
-        self._take(grant)
+        key, self.model, self.quota, self._lease, self._reservation, self._cost = grant
+        self._pool_key = key
+        self._sent_at = self.began = self._probe = self._stream = None
+        self._told = False
+        self.key = key.ref
 
     @property
     def wants_limits(self) -> bool:
@@ -890,16 +900,8 @@ class _Permit:
         if self._lease is not None:
             # A layer that repeats should have settled; what it forgot to give back would be gone for good.
             self.settle(Settlement(error=asyncio.CancelledError()))
-        limiter = self._limiter
-        self._take(limiter._admit(call, self.need) or await limiter._wait(call, self.need))
-
-    def _take(self, grant: _Grant) -> None:
-        """Hold what was granted."""
-        key, self.model, self.quota, self._lease, self._reservation, self._cost = grant
-        self._pool_key = key
-        self._sent_at = self.began = self._probe = self._stream = None
-        self._told = False
-        self.key = key.ref
+        limiter, need = self._limiter, self.need
+        _Permit.__init__(self, limiter, need, limiter._admit(call, need) or await limiter._wait(call, need))
 
     def sent(self) -> None:
         reservation = self._reservation
@@ -981,7 +983,7 @@ class _Permit:
         until = None
         sent_at = self._sent_at
         if error is None:
-            if settlement.usage is not None:
+            if settlement.usage is not None and now >= limiter._appraiser.learn_at:
                 limiter._appraiser.learn(
                     self.need,
                     settlement.usage,
@@ -991,7 +993,7 @@ class _Permit:
                     received=stream.received if stream is not None else 0,
                     now=now,
                 )
-            if not quota.open and sent_at is not None:
+            if sent_at is not None and not quota.open:
                 quota.accepted(sent_at)
         elif sent_at is not None:
             status = error.status if isinstance(error, LLMException) else None
@@ -1012,4 +1014,5 @@ class _Permit:
                 until = now + reservation.mean / limiter._appraiser.predictor.speed(self.model)
         quota.settle(reservation, actual, now=now, until=until)
         limiter._pool.release(lease, error)
-        limiter._schedule()
+        if limiter._waiting:
+            limiter._schedule()

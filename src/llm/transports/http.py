@@ -21,7 +21,7 @@ from ..core.settings import TimeoutSettings, TransportSettings
 from ..utils.alarms import Alarms
 from ..utils.clock import Clock
 from .base import Exchange, HTTPRequest
-from .connections import TRIP, Body, Connector, Trip
+from .connections import TRIP, Body, Connector, Request, Trip
 from .failures import FOREIGN, explain
 from .proxies import ProxyRules
 from .response import HTTPResponse
@@ -277,6 +277,7 @@ class _Generation:
             # br and zstd only come with further packages, whose decoders are not all bounded.
             headers={"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"},
             timeout=aiohttp.ClientTimeout(total=None),
+            request_class=Request,
             max_field_size=_MAX_FIELD,
             max_headers=256,
         )

@@ -106,18 +106,17 @@ class _Callback(Alarm):
         self._callback()
 
 
-class Limit:
+class Limit(Alarm):
     """A block that is given up when it takes too long: ``with Limit(alarms): await …`` raises ``TimeoutError``.
 
     The same contract as ``asyncio.timeout``, on a shared timer: a cancellation from elsewhere passes untouched, and
     when both happen the cancellation wins. With None for *alarms* only :meth:`expire` ends the block.
     """
 
-    __slots__ = ("_alarm", "_alarms", "_cancelling", "_task", "expired")
+    __slots__ = ("_alarms", "_cancelling", "_task", "expired")
 
     def __init__(self, alarms: Alarms | None) -> None:
         self._alarms = alarms
-        self._alarm: Alarm | None = None
         self._task: asyncio.Task[Any] | None = None
         self._cancelling = 0
         self.expired = False
@@ -127,8 +126,11 @@ class Limit:
         assert self._task is not None, "a Limit needs a running task"
         self._cancelling = self._task.cancelling()
         if self._alarms is not None:
-            self._alarm = self._alarms.start(self.expire)
+            self._alarms.set(self)
         return self
+
+    def ring(self) -> None:
+        self.expire()
 
     def expire(self) -> None:
         """End the block now, as if its time were up. Does nothing once it is over, or the second time."""
@@ -139,9 +141,8 @@ class Limit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+        if self._alarms is not None:
+            self.pending.pop(self, None)
         task, self._task = self._task, None
         if self.expired and task is not None:
             uncancelled = task.uncancel() <= self._cancelling

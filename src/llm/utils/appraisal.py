@@ -40,21 +40,28 @@ class Need(msgspec.Struct, frozen=True, gc=False):
 class Appraiser:
     """Says what calls take, and learns from the answers. It has no clock and does no I/O."""
 
-    __slots__ = ("_learn_at", "_learnt", "_per_byte", "estimator", "predictor")
+    __slots__ = ("_learnt", "_per_byte", "estimator", "learn_at", "predictor")
 
     def __init__(self, estimator: TokenEstimator | None = None, predictor: OutputPredictor | None = None) -> None:
         self.estimator = estimator if estimator is not None else TokenEstimator()
         self.predictor = predictor if predictor is not None else OutputPredictor()
         self._per_byte = PER_BYTE
         self._learnt = 0
-        self._learn_at = -inf
+        self.learn_at = -inf
+        """The instant from which answers are learnt from again: a hundred a second tell all that there is to be told,
+        and each costs as much as half an admission."""
 
     def need(self, request: Request) -> Need | None:
         """What *request* needs; None if its prompt is to be counted in a thread (``estimator.measure``)."""
         estimator = self.estimator
         if estimator.exact and estimator.is_slow(request):
             return None
-        return self.measured(request, estimator.measure(request))
+        measure = estimator.measure(request)
+        if measure < CACHED_FROM:
+            # As nearly always: there is nothing to be cached.
+            options = request.options
+            return Need(measure, options.max_tokens, options.tag, 0)
+        return self.measured(request, measure)
 
     def measured(self, request: Request, measure: float) -> Need:
         """What *request* needs, whose prompt has *measure* tokens before anything learnt."""
@@ -67,14 +74,17 @@ class Appraiser:
 
     def cost(self, need: Need, model: str, counting: Counting) -> tuple[Cost, float]:
         """What *need* takes if *model* answers, and the variance of the output in it."""
-        input_tokens = self.estimator.estimate(need.measure, model=model, tag=need.tag)
-        mean, variance = self.predictor.expect(model=model, tag=need.tag, max_tokens=need.max_tokens)
+        tag, max_tokens = need.tag, need.max_tokens
+        input_tokens = self.estimator.estimate(need.measure, model=model, tag=tag)
+        mean, variance = self.predictor.expect(model=model, tag=tag, max_tokens=max_tokens)
         if not counting.cache_reads:
-            input_tokens -= int(input_tokens * self.estimator.cached(model, need.tag))
-        tokens = input_tokens
+            input_tokens -= int(input_tokens * self.estimator.cached(model, tag))
+        tokens, output_tokens = input_tokens, ceil(mean)
         if counting.reserve_max:
-            tokens = max(input_tokens, need.max_tokens if need.max_tokens is not None else ceil(mean))
-        return Cost(1, input_tokens, ceil(mean), tokens), variance
+            tokens = max_tokens if max_tokens is not None else output_tokens
+            if tokens < input_tokens:
+                tokens = input_tokens
+        return Cost(1, input_tokens, output_tokens, tokens), variance
 
     def learn(
         self,
@@ -92,12 +102,11 @@ class Appraiser:
         It came in *seconds* from its first token to its end, if that is known, beside *under_way* others; *received* is
         how many bytes of it were seen coming, 0 if it came whole.
         """
-        if now < self._learn_at:
-            # A hundred answers a second tell all that there is to be told, and each costs as much as half an admission.
+        if now < self.learn_at:
             return
         self._learnt += 1
         if self._learnt > LEARN_ALL:
-            self._learn_at = now + LEARN_EVERY
+            self.learn_at = now + LEARN_EVERY
         tag, output = need.tag, usage.output_tokens
         if usage.input_tokens > 0:
             self.estimator.learn(

@@ -34,7 +34,9 @@ class Quantiles:
             self.largest = value
         self.count += 1
         self.total += value
-        bucket = ceil(log(min(max(value, SMALLEST), LARGEST)) / LOG_GROWTH)
+        if not SMALLEST <= value <= LARGEST:
+            value = SMALLEST if value < SMALLEST else LARGEST
+        bucket = ceil(log(value) / LOG_GROWTH)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
 
     def quantile(self, q: float) -> float:

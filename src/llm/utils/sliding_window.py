@@ -92,6 +92,7 @@ class Ledger:
 
     __slots__ = (
         "_bounded",
+        "_counts_output",
         "_due",
         "_foreign",
         "_grain",
@@ -157,7 +158,7 @@ class Ledger:
         self._output_grain = output_grain
         self._grain_ends = self._output_grain_ends = -inf
         self._slack = max(0.0, min(STAMP_SLACK, guard))
-        self._bounded = not requests is input_tokens is output_tokens is tokens is None
+        self._look()
         self._log: deque[Entry] = deque()
         self._produced: deque[Entry] = deque()
         self._foreign: deque[Entry] = deque()
@@ -207,7 +208,15 @@ class Ledger:
         """From now on *limit* binds. What was used while there was no limit at all is not known here."""
         name = {"requests": "request_limit", "input_tokens": "input_limit", "output_tokens": "output_limit"}
         setattr(self, name.get(dimension, "token_limit"), limit)
-        self._bounded = any(self.limit(each) is not None for each in DIMENSIONS)
+        self._look()
+
+    def _look(self) -> None:
+        """Note which limits there are."""
+        self._bounded = (
+            not self.request_limit is self.input_limit is self.output_limit is self.token_limit is None
+        )
+        # Whether there is a limit that what is produced counts of.
+        self._counts_output = self.output_limit is not None or (self.output_counts and self.token_limit is not None)
 
     def used(self, dimension: Dimension) -> int:
         """What counts of *dimension* just now, without what is open."""
@@ -476,7 +485,7 @@ class Ledger:
         return entry
 
     def _produce(self, now: float, amount: int) -> None:
-        if not self._counts_output():
+        if not self._counts_output:
             # Nobody asks for it, and its expiry would wake people for nothing.
             return
         log = self._produced
@@ -496,10 +505,6 @@ class Ledger:
         log.append(Entry(expiry, 0, 0, amount, combined))
         if expiry < self._due:
             self._due = expiry
-
-    def _counts_output(self) -> bool:
-        """Whether there is a limit that what is produced counts of."""
-        return self.output_limit is not None or (self.output_counts and self.token_limit is not None)
 
     def _close(self, mean: int, variance: float) -> None:
         """What was open is so no more."""

@@ -28,6 +28,7 @@ from ..core.types import Request
 
 COEFFICIENTS = (0.126, 0.209, 0.473, 2.041, 1.338, 1.147, 0.372, 0.728, 0.621, 2.602)
 """Tokens for each of the numbers of :func:`features`. ``bench/estimator.py --fit`` prints them, for o200k."""
+_LETTER, _SIGN, _WORD, _DIGIT, _LINE = COEFFICIENTS[:5]
 
 SAMPLES = 16
 SAMPLE = 256
@@ -120,6 +121,10 @@ def _ascii_features(kinds: bytes) -> tuple[int, int, int, int, int]:
 
 def rough_count(text: str) -> float:
     """Tokens of *text*, at most ``SAMPLES * SAMPLE`` characters, by :data:`COEFFICIENTS`."""
+    if text.isascii():
+        # The same sum, written out: most prompts are short, and looping would take as long as counting.
+        letters, signs, words, digits, lines = _ascii_features(text.encode().translate(_KINDS))
+        return _LETTER * letters + _SIGN * signs + _WORD * words + _DIGIT * digits + _LINE * lines
     tokens: float = sum(map(mul, COEFFICIENTS, features(text)))
     return tokens
 
@@ -152,10 +157,12 @@ class TokenEstimator:
     there on, so that nothing has to hold the prompt until the answer tells the truth.
     """
 
-    __slots__ = ("_learnt", "_overheads", "_tokenizer")
+    __slots__ = ("_learnt", "_overheads", "_tokenizer", "exact")
 
     def __init__(self, tokenizer: Tokenizer | None = None, *, overheads: Overheads | None = None) -> None:
         self._tokenizer = tokenizer
+        self.exact = tokenizer is not None
+        """Whether there is an exact tokenizer."""
         self._overheads = overheads if overheads is not None else Overheads()
         self._learnt: dict[tuple[str, str], _Learnt] = {}
 
@@ -164,8 +171,8 @@ class TokenEstimator:
 
     def measure(self, request: Request) -> float:
         """Tokens of *request* before anything is learnt: at most 0.3 ms unless there is an exact tokenizer."""
-        messages = request.messages
-        overheads = self._overheads.request + self._overheads.message * len(messages)
+        messages, each = request.messages, self._overheads
+        overheads = each.request + each.message * len(messages)
         if self._tokenizer is not None:
             return overheads + sum([self._tokenizer.count(message.content) for message in messages])
         if len(messages) == 1 and len(text := messages[0].content) <= SAMPLES * SAMPLE:
@@ -176,11 +183,6 @@ class TokenEstimator:
             return overheads + rough_count("".join(texts))
         return overheads + rough_count(sampled(texts)) * length / (SAMPLES * SAMPLE)
 
-    @property
-    def exact(self) -> bool:
-        """Whether there is an exact tokenizer."""
-        return self._tokenizer is not None
-
     def is_slow(self, request: Request) -> bool:
         """Whether :meth:`measure` belongs into a thread: there is an exact tokenizer, and much to count."""
         return self._tokenizer is not None and sum([len(message.content) for message in request.messages]) > LARGE
@@ -188,7 +190,7 @@ class TokenEstimator:
     def estimate(self, request: Request | float, *, model: str, tag: str = "") -> int:
         """Input tokens to reserve for *request* or its measure, enough for about nine of ten."""
         measure = self.measure(request) if isinstance(request, Request) else request
-        learnt = self._find(model, tag)
+        learnt = self._learnt.get((model, tag)) or self._learnt.get((model, ""))
         return ceil(measure * (learnt.factor if learnt is not None else PAD))
 
     def learn(self, request: Request | float, *, model: str, tag: str = "", actual: int, cached: int = 0) -> None:
