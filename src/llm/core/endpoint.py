@@ -115,7 +115,7 @@ class Endpoint:
         request = Request(asked.messages, admission.model, asked.options, asked.stream)
         exchange = Exchange(admission.sent)
         started = self._clock.now()
-        deadline = None
+        deadline = late = None
         try:
             encoded = self._provider.encode(request, key.secret())
             with Limit(self._alarms) as limit:
@@ -128,28 +128,33 @@ class Endpoint:
                         limits = self._provider.limits(response.headers)
                         if limits is not None:
                             admission.observe(limits=limits)
-                    reply: Reply | None = None
+                    stream = None
                     if request.stream and 200 <= response.status < 300:
-                        reply = await self._stream(call, key, request, response, encoded.dropped)
-                    if reply is None:
-                        reply = self._whole(key, request, response, await response.read(), encoded.dropped)
+                        stream = await self._stream(call, key, request, response, encoded.dropped)
+                    reply: Reply = (
+                        stream
+                        if stream is not None
+                        else self._whole(key, request, response, await response.read(), encoded.dropped)
+                    )
                 except BaseException:
                     # A body that was read to its end keeps its connection all the same.
                     response.close()
                     raise
         except TimeoutError:
-            error = self._late(call)
-            await self._failed(call, key, request.model, started, exchange, error)
-            try:
-                raise error from None
-            finally:
-                del error
+            # To be raised outside: here this one would be its context, with a traceback that knows the prompt.
+            late = self._late(call)
         except LLMException as error:
             await self._failed(call, key, request.model, started, exchange, error)
             raise
         finally:
             if deadline is not None:
                 deadline.cancel()
+        if late is not None:
+            await self._failed(call, key, request.model, started, exchange, late)
+            try:
+                raise late
+            finally:
+                del late
         self._note(call, key, request.model, started, exchange, None)
         return reply
 

@@ -11,7 +11,10 @@ from ..core.types import Headers
 
 
 class HTTPRequest(msgspec.Struct, frozen=True):
-    """A request as a dialect encodes it. *headers* hold the key, so this value must never be logged."""
+    """A request as a dialect encodes it.
+
+    *headers* hold the key, so this value must never be logged; their names are in lower case.
+    """
 
     method: str
     url: str

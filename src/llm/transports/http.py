@@ -21,9 +21,10 @@ from ..core.settings import TimeoutSettings, TransportSettings
 from ..utils.alarms import Alarms
 from ..utils.clock import Clock
 from .base import Exchange, HTTPRequest
-from .connections import TRIP, Body, Connector, Request, Trip
+from .connections import Connector
 from .failures import FOREIGN, explain
 from .proxies import ProxyRules
+from .request import DIRECT, TRIP, Body, Request, Trip, fetch
 from .response import HTTPResponse
 from .tls import tls_context
 
@@ -37,6 +38,8 @@ except metadata.PackageNotFoundError:  # a checkout that was not installed
 
 USER_AGENT = "brimful/{} python/{}.{} aiohttp/{}".format(_VERSION, *sys.version_info[:2], aiohttp.__version__)
 
+# br and zstd only come with further packages, whose decoders are not all bounded.
+_HEADERS = {"user-agent": USER_AGENT, "accept-encoding": "gzip, deflate"}
 _ROUTES = 256
 """How many URLs are remembered; a provider has a handful, but a dialect may put the model into the path."""
 _MAX_FIELD = 32 * 1024
@@ -50,6 +53,8 @@ class Route(NamedTuple):
     url: URL
     proxy: URL | None
     peer: str
+    direct: bool
+    """Whether :func:`~.request.fetch` may be used for it."""
 
 
 class HTTPTransport:
@@ -96,14 +101,24 @@ class HTTPTransport:
         trip = Trip(exchange)
         token = TRIP.set(trip)
         try:
-            response = await generation.session.request(
-                request.method,
-                route.url,
-                headers=request.headers,
-                data=Body(request.body, trip) if request.body else None,
-                proxy=route.proxy,
-                allow_redirects=False,
-            )
+            if request.body and route.direct:
+                response = await fetch(
+                    generation.session,
+                    generation.connector,
+                    request.method,
+                    route.url,
+                    {**_HEADERS, **request.headers},
+                    Body(request.body, trip),
+                )
+            else:
+                response = await generation.session.request(
+                    request.method,
+                    route.url,
+                    headers=request.headers,
+                    data=Body(request.body, trip) if request.body else None,
+                    proxy=route.proxy,
+                    allow_redirects=False,
+                )
         except FOREIGN as error:
             failure = self._failure(error, route, exchange)
         else:
@@ -242,7 +257,9 @@ class HTTPTransport:
                 raise LLMConfigurationError("the proxy's URL is malformed; write http://host:port") from None
         if len(self._routes) >= _ROUTES:
             self._routes.clear()
-        route = self._routes[text] = Route(url, proxy_url, peer)
+        route = self._routes[text] = Route(
+            url, proxy_url, peer, DIRECT and proxy_url is None and url.user is url.password is None
+        )
         return route
 
     def _failure(self, error: Exception, route: Route, exchange: Exchange) -> LLMException:
@@ -274,10 +291,9 @@ class _Generation:
         self.session = aiohttp.ClientSession(
             connector=self.connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            # br and zstd only come with further packages, whose decoders are not all bounded.
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "gzip, deflate"},
+            headers=_HEADERS,
             timeout=aiohttp.ClientTimeout(total=None),
-            request_class=Request,
+            request_class=Request if DIRECT else aiohttp.ClientRequest,
             max_field_size=_MAX_FIELD,
             max_headers=256,
         )

@@ -212,9 +212,7 @@ class Ledger:
 
     def _look(self) -> None:
         """Note which limits there are."""
-        self._bounded = (
-            not self.request_limit is self.input_limit is self.output_limit is self.token_limit is None
-        )
+        self._bounded = not self.request_limit is self.input_limit is self.output_limit is self.token_limit is None
         # Whether there is a limit that what is produced counts of.
         self._counts_output = self.output_limit is not None or (self.output_counts and self.token_limit is not None)
 
