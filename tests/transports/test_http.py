@@ -34,7 +34,7 @@ class TestHTTPTransport(TransportConformance):
                 await peer.request()
                 play = next(left)
                 if play.ending == "mute":
-                    await peer.gone()
+                    return await peer.gone()
                 if play.ending == "refuse":
                     return peer.close()
                 head = "".join(f"{name}: {value}\r\n" for name, value in play.headers.items())
@@ -45,7 +45,7 @@ class TestHTTPTransport(TransportConformance):
                 if play.ending == "cut":
                     return peer.close()
                 if play.ending == "stall":
-                    await peer.gone()
+                    return await peer.gone()
                 peer.send(b"0\r\n\r\n")
 
         async with serve(handler) as server:
