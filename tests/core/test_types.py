@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 import msgspec
 import pytest
 
-from llm.core.client import read_messages, read_options
+from llm.core.arguments import read_messages, read_options
 from llm.core.exceptions import LLMInvalidRequestError
 from llm.core.types import (
     CallOptions,
@@ -147,7 +147,7 @@ def test_the_typed_dictionary_and_the_struct_name_the_same_options() -> None:
     [
         ({"temprature": 0.5}, "temprature: unknown option; did you mean 'temperature'?"),
         ({"maxtokens": 5}, "did you mean 'max_tokens'?"),
-        ({"colour": "red"}, "colour: unknown option; known are extra_body,"),
+        ({"colour": "red"}, "colour: unknown option; known are cache, extra_body,"),
         ({"temperature": "hot"}, "temperature: expected `float | null`, got `str`"),
         ({"temperature": float("nan")}, "temperature: expected a finite number, got nan"),
         ({"timeout": float("inf")}, "timeout: expected a finite number"),

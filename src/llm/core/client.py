@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from difflib import get_close_matches
-from math import isfinite
 from types import TracebackType
-from typing import Any, Self, Unpack, cast
-
-import msgspec
+from typing import Self, Unpack, cast
 
 from ..middleware.base import Call, Handler, Reply
 from ..utils.clock import Clock
+from .arguments import read_messages, read_options
 from .events import CallFinished, CallStarted, Events
 from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
 from .stream import ResponseStream
@@ -22,21 +19,13 @@ from .types import (
     Estimate,
     LLMResponse,
     Message,
-    MessageRole,
-    Options,
-    Priority,
     Request,
     Settlement,
     StreamChunk,
     Usage,
 )
 
-NO_OPTIONS = Options()
 NO_USAGE = Usage()
-OPTION_NAMES = Options.__struct_fields__
-NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "timeout")
-OWN = ("priority", "tenant", "tag")
-"""Options that have a default of their own; None says nothing, as everywhere."""
 
 
 class Home:
@@ -303,93 +292,3 @@ class _Chunks:
     def __del__(self) -> None:
         if self._stream is not None:
             self._stream.close()
-
-
-def read_messages(messages: Sequence[Message] | str) -> tuple[Message, ...]:
-    """The conversation as a tuple of messages.
-
-    Raises:
-        LLMInvalidRequestError: it is empty, or something in it is not a message.
-    """
-    if type(messages) is str and messages.isascii():
-        return (Message(MessageRole.USER, messages),)
-    if isinstance(messages, str):
-        messages = (Message(MessageRole.USER, messages),)
-    if isinstance(messages, (Message, Mapping)):
-        raise LLMInvalidRequestError("messages: expected a list of messages, got a single one: put it in a list")
-    try:
-        result = tuple(messages)
-    except TypeError:
-        raise LLMInvalidRequestError(
-            f"messages: expected a string or a list of messages, got {type(messages).__name__}"
-        ) from None
-    if not result:
-        raise LLMInvalidRequestError("messages: the list is empty, and a model answers at least one message")
-    for index, message in enumerate(result):
-        if type(message) is not Message:
-            raise LLMInvalidRequestError(
-                f"messages[{index}]: expected a Message, got {type(message).__name__}: "
-                'write Message(MessageRole.USER, "…")'
-            )
-        if type(message.role) is not MessageRole:
-            roles = ", ".join(f"MessageRole.{role.name}" for role in MessageRole)
-            raise LLMInvalidRequestError(
-                f"messages[{index}].role: expected one of {roles}, got {type(message.role).__name__}"
-            )
-        if type(message.content) is not str:
-            raise LLMInvalidRequestError(
-                f"messages[{index}].content: expected a str, got {type(message.content).__name__}"
-            )
-        if not message.content.isascii():
-            try:
-                message.content.encode()
-            except UnicodeEncodeError as error:
-                raise LLMInvalidRequestError(
-                    f"messages[{index}].content: the character at {error.start} is half of a surrogate pair, "
-                    "and cannot be written as JSON"
-                ) from None
-    return result
-
-
-def read_options(defaults: CallOptions, options: CallOptions) -> Options:
-    """The options of one call over the defaults of its client, checked.
-
-    Raises:
-        LLMInvalidRequestError: an unknown option, or a value of the wrong type or out of range.
-    """
-    if not options and not defaults:
-        return NO_OPTIONS
-    merged: dict[str, Any] = {**defaults, **options}
-    for name in OWN:
-        if name in merged and merged[name] is None:
-            del merged[name]
-    try:
-        result = msgspec.convert(merged, Options)
-    except msgspec.ValidationError as error:
-        raise _wrong_option(merged, str(error)) from None
-    for name in NUMBERS:
-        value = getattr(result, name)
-        if value is not None and not isfinite(value):
-            # JSON has no word for it: the vendor would get a null.
-            raise LLMInvalidRequestError(f"{name}: expected a finite number, got {value!r}")
-    if result.timeout is not None and not result.timeout > 0.0:
-        raise LLMInvalidRequestError(f"timeout: expected a positive number of seconds, got {result.timeout!r}")
-    if result.max_tokens is not None and result.max_tokens < 1:
-        raise LLMInvalidRequestError(f"max_tokens: expected a positive number, got {result.max_tokens!r}")
-    if result.n is not None and result.n < 1:
-        raise LLMInvalidRequestError(f"n: expected a positive number, got {result.n!r}")
-    return result
-
-
-def _wrong_option(options: Mapping[str, Any], complaint: str) -> LLMInvalidRequestError:
-    for name in options:
-        if name not in OPTION_NAMES:
-            close = get_close_matches(name, OPTION_NAMES, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(OPTION_NAMES))}"
-            return LLMInvalidRequestError(f"{name}: unknown option; {hint} (extra_body passes anything on)")
-    if not isinstance(priority := options.get("priority", Priority.NORMAL), str) or priority not in set(Priority):
-        words = ", ".join(repr(priority.value) for priority in Priority)
-        return LLMInvalidRequestError(f"priority: expected a Priority or its word, one of {words}")
-    # msgspec names the place as `$.temperature`; the value itself might be a prompt and is not shown.
-    what, _, where = complaint.partition(" - at `$.")
-    return LLMInvalidRequestError(f"{where.rstrip('`') or 'options'}: {what[:1].lower()}{what[1:]}")

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
 from ..utils.clock import Clock, TimerHandle
+from .content import Part, Text
 from .exceptions import (
     LLMConnectionError,
     LLMDeadlineExceededError,
@@ -147,11 +148,11 @@ class ResponseStream:
 
     @property
     def received(self) -> int:
-        """Bytes of text and thinking that have arrived so far. It is counted only when somebody asks."""
+        """Bytes of text, thinking and arguments that have arrived so far. It is counted only when somebody asks."""
         seen, count = self._seen, self._counted
         if count < len(seen):
             self._counted = len(seen)
-            new = "".join([chunk.text + chunk.thinking for chunk in seen[count:]])
+            new = "".join([_written(chunk) for chunk in seen[count:]])
             self._bytes += len(new) if new.isascii() else len(new.encode("utf-8", "surrogatepass"))
         return self._bytes
 
@@ -174,6 +175,7 @@ class ResponseStream:
             stop_reason=self.stop_reason or StopReason.UNKNOWN,
             refusal="".join([chunk.refusal for chunk in self._seen]) or None,
             thinking="".join([chunk.thinking for chunk in self._seen]),
+            content=_content(self._seen),
             id=self._decoder.id,
             provider=self.provider,
             key_id=self.key_id,
@@ -341,3 +343,27 @@ class ResponseStream:
         finally:
             timer.cancel()
             body.close()
+
+
+def _written(chunk: StreamChunk) -> str:
+    """What the model wrote in *chunk*; a part that is complete was written before."""
+    if chunk.tool_call is not None:
+        return chunk.tool_call.arguments
+    return chunk.text + chunk.thinking
+
+
+def _content(chunks: Sequence[StreamChunk]) -> tuple[Part, ...]:
+    """The parts of an answer in their order; none if it has but text."""
+    parts: list[Part] = []
+    text: list[str] = []
+    for chunk in chunks:
+        if chunk.text:
+            text.append(chunk.text)
+        if chunk.part is not None:
+            if text:
+                parts.append(Text("".join(text)))
+                text.clear()
+            parts.append(chunk.part)
+    if parts and text:
+        parts.append(Text("".join(text)))
+    return tuple(parts)

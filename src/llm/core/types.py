@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import msgspec
+
+from .content import Part, Text, ToolCall
+from .tools import Tool
 
 SettledCallback = Callable[["Settlement"], None]
 FaultReporter = Callable[[str, BaseException], None]
@@ -20,13 +23,25 @@ class MessageRole(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
+    """The results of tools, one :class:`~llm.core.content.ToolResult` for each call of the turn before."""
 
 
-class Message(msgspec.Struct, frozen=True, gc=False):
+class Message(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One turn of a conversation: ``Message(MessageRole.USER, "What is Python?")``."""
 
     role: MessageRole
-    content: str
+    content: str | tuple[Part, ...]
+    """Text, or parts: pictures and documents from the user, tool calls and thinking from the assistant."""
+    cache: bool = False
+    """Ask the vendor to keep the request up to this message, so that the next one that begins alike is cheaper.
+    Anthropic keeps nothing unasked; OpenAI does, and is told only where. Vendors without a word for it ignore it."""
+
+    @property
+    def text(self) -> str:
+        """Its words, without anything else."""
+        content = self.content
+        return content if isinstance(content, str) else "".join([p.text for p in content if isinstance(p, Text)])
 
 
 class StopReason(StrEnum):
@@ -88,6 +103,10 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     @property
     def total_tokens(self) -> int:
         return self.input_tokens + self.output_tokens
+
+
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""How hard a model thinks, in the vendors' words; which of them a model knows is in ``models.toml``."""
 
 
 class Cost(msgspec.Struct, frozen=True, gc=False):
@@ -171,6 +190,15 @@ class KeyRef(msgspec.Struct, frozen=True, gc=False):
         msgspec.structs.force_setattr(self, "id", f"{self.provider}/{self.number}")
 
 
+class OutputFormat(msgspec.Struct, frozen=True):
+    """The answer has to be JSON of this *schema* (``client.parse`` makes one of a type)."""
+
+    schema: dict[str, Any]
+    name: str = "answer"
+    strict: bool = True
+    """Whether the vendor must hold the model to it, where the vendor can."""
+
+
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one call asks of the model beyond its messages. None means: not said, the vendor's default."""
 
@@ -183,6 +211,16 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     seed: int | None = None
     stop: str | tuple[str, ...] | None = None
     n: int | None = None
+    tools: tuple[Tool, ...] | None = None
+    tool_choice: str | None = None
+    """``auto``, ``required``, ``none``, or the name of the tool that must be called."""
+    parallel_tool_calls: bool | None = None
+    """Whether one answer may ask for several tools."""
+    reasoning: Effort | int | None = None
+    """How hard to think: a word, or how many tokens it may take where the model counts them."""
+    output_format: OutputFormat | None = None
+    cache: bool | Literal["auto"] | None = None
+    """``"auto"`` or True: the vendor keeps the whole prompt for the next call that begins with it."""
     timeout: float | None = None
     """Seconds for the whole call: queue, attempts, backoff and stream. None: as long as it takes."""
     unsupported: Literal["drop", "raise"] | None = None
@@ -218,6 +256,12 @@ class CallOptions(TypedDict, total=False):
     seed: int | None
     stop: str | list[str] | tuple[str, ...] | None
     n: int | None
+    tools: Sequence[Any] | None
+    tool_choice: str | None
+    parallel_tool_calls: bool | None
+    reasoning: Effort | int | None
+    output_format: OutputFormat | None
+    cache: bool | Literal["auto"] | None
     timeout: float | None
     unsupported: Literal["drop", "raise"] | None
     extra_body: dict[str, Any] | None
@@ -247,6 +291,8 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     refusal: str | None = None
     """The model's own words when it declined to answer."""
     thinking: str = ""
+    content: tuple[Part, ...] = ()
+    """The answer in parts, if it has any beside text: tool calls, thinking, blocks we have no word for."""
     alternatives: tuple[str, ...] = ()
     """The texts of the further answers when ``n`` was more than one."""
     id: str = ""
@@ -265,6 +311,16 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         """The vendor's reply as decoded JSON, None for a stream's."""
         return msgspec.json.decode(self.body) if self.body else None
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """What the model asks to have called, in its order."""
+        return tuple([part for part in self.content if isinstance(part, ToolCall)])
+
+    @property
+    def message(self) -> Message:
+        """The answer as the next request's assistant message: whatever the vendor must get back is in it."""
+        return Message(MessageRole.ASSISTANT, self.content or self.text)
+
     def on_settled(self, callback: SettledCallback) -> None:
         """Call *callback* at once: a complete answer is settled. What it raises is reported, not passed on."""
         # The endpoint leaves its reporter outside the fields, so that answers can be compared, copied and encoded.
@@ -272,6 +328,18 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def __str__(self) -> str:
         return self.text
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, gc=False):
+    """A piece of a tool call under way; the whole call comes as ``StreamChunk.part`` when it is complete."""
+
+    index: int
+    """Which of the answer's calls, counted from 0."""
+    id: str = ""
+    name: str = ""
+    """Both on the call's first piece."""
+    arguments: str = ""
+    """More of the JSON."""
 
 
 class StreamChunk(msgspec.Struct, frozen=True, gc=False):
@@ -283,11 +351,14 @@ class StreamChunk(msgspec.Struct, frozen=True, gc=False):
     stop_reason: StopReason | None = None
     usage: Usage | None = None
     """Cumulative, on the pieces where the vendor sent it."""
+    tool_call: ToolCallDelta | None = None
+    part: Part | None = None
+    """Something other than text is complete: a tool call, thinking with its signature, an unknown block."""
 
     @property
     def has_content(self) -> bool:
         """Whether the caller would miss something if this piece were lost."""
-        return bool(self.text or self.thinking or self.refusal)
+        return bool(self.text or self.thinking or self.refusal or self.tool_call is not None or self.part is not None)
 
     def __str__(self) -> str:
         return self.text

@@ -15,6 +15,7 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
+from ..core.content import Text
 from ..core.events import (
     AttemptFailed,
     CallQueued,
@@ -28,7 +29,7 @@ from ..core.events import (
 )
 from ..core.exceptions import LLMException
 from ..core.stream import ResponseStream
-from ..core.types import LLMResponse, Settlement, Usage
+from ..core.types import LLMResponse, Message, Settlement, Usage
 from ..utils.clock import Clock
 from .base import Call, Handler, Reply
 
@@ -196,7 +197,7 @@ class LoggingMiddleware:
             "attempt": attempt,
         }
         if self._content:
-            facts["messages"] = [{"role": str(m.role), "content": m.content} for m in request.messages]
+            facts["messages"] = [{"role": str(m.role), "content": _words(m)} for m in request.messages]
         self._write(
             logging.DEBUG,
             "%s: attempt %d: %d messages to %s",
@@ -279,3 +280,10 @@ def _task() -> asyncio.Task[object] | None:
     except RuntimeError:
         # A stream may settle in a finaliser, on whatever thread.
         return None
+
+
+def _words(message: Message) -> str | list[str]:
+    """What *message* says; of what is not text, its kind."""
+    if isinstance(message.content, str):
+        return message.content
+    return [part.text if isinstance(part, Text) else type(part).__name__ for part in message.content]

@@ -499,7 +499,7 @@ def _split_system(messages: tuple[Message, ...], *, in_place: bool) -> tuple[str
     else:
         moved = tuple(message for message in messages if message.role == _SYSTEM)
         stay = tuple(message for message in messages if message.role != _SYSTEM)
-    return "\n\n".join(message.content for message in moved), stay
+    return "\n\n".join(message.text for message in moved), stay
 
 
 def _without_usage(data: bytes) -> _Event:

@@ -24,6 +24,7 @@ from typing import Protocol
 
 import msgspec
 
+from ..core.content import Document, Image, Opaque, Part, ToolCall, ToolResult
 from ..core.types import Request
 
 COEFFICIENTS = (0.126, 0.209, 0.473, 2.041, 1.338, 1.147, 0.372, 0.728, 0.621, 2.602)
@@ -38,6 +39,9 @@ Sixteen short samples cost what eight long ones do, and are nearer to the whole 
 """
 LARGE = 16_384
 """Characters above which an exact tokenizer (60 to 200 µs per KB) would hold up the event loop for milliseconds."""
+
+BYTES_OF_PAGE = 100_000
+"""Of a PDF in base64: most pages are smaller, scanned ones larger. What answers teach corrects it."""
 
 SLOWEST = 0.05
 """The least weight of a new answer in the learnt factor: after 14 answers it has forgotten half."""
@@ -92,6 +96,16 @@ class Overheads(msgspec.Struct, frozen=True, gc=False):
     """The opening of the answer."""
     message: int = 4
     """A message's frame and its role."""
+    tools: int = 250
+    """What a vendor says of tools when there are any (Anthropic's page on pricing: 264 to 530, by model and choice)."""
+    tool: int = 12
+    """A tool's frame, beside its name, description and schema."""
+    call: int = 12
+    """The frame of a tool call, or of a result."""
+    image: int = 1100
+    """A picture of about a megapixel: width times height by 750 (Anthropic), 765 for 1024 by 1024 (OpenAI)."""
+    page: int = 2000
+    """A page of a PDF (Anthropic: 1,500 to 3,000)."""
 
 
 def features(text: str) -> tuple[int, ...]:
@@ -150,6 +164,56 @@ def sampled(texts: Sequence[str]) -> str:
     return "".join(pieces)
 
 
+def _texts(request: Request, each: Overheads) -> tuple[list[str], int]:
+    """All words of *request*, and the tokens of what has none."""
+    texts: list[str] = []
+    beside = 0
+    for message in request.messages:
+        if isinstance(message.content, str):
+            texts.append(message.content)
+        else:
+            beside += _read(message.content, texts, each)
+    options = request.options
+    if options.tools:
+        beside += each.tools + each.tool * len(options.tools)
+        for tool in options.tools:
+            texts += (tool.name, tool.description, _json(tool.parameters))
+    if options.output_format is not None:
+        texts.append(_json(options.output_format.schema))
+    return texts, beside
+
+
+def _read(parts: Sequence[Part], texts: list[str], each: Overheads) -> int:
+    """Add the words of *parts* to *texts*; the tokens of what has none."""
+    beside = 0
+    for part in parts:
+        match part:
+            case Image():
+                beside += each.image
+            case Document(data="", text=""):
+                beside += each.page
+            case Document(text=""):
+                beside += each.page * (1 + len(part.data) // BYTES_OF_PAGE)
+            case ToolCall():
+                texts += (part.name, part.arguments)
+                beside += each.call
+            case ToolResult():
+                beside += each.call
+                if isinstance(part.content, str):
+                    texts.append(part.content)
+                else:
+                    beside += _read(part.content, texts, each)
+            case Opaque():
+                texts.append(part.raw.decode("utf-8", "replace"))
+            case _:
+                texts.append(part.text)
+    return beside
+
+
+def _json(schema: object) -> str:
+    return msgspec.json.encode(schema).decode()
+
+
 class TokenEstimator:
     """Estimates input tokens, and learns from the answers how to do it better. It has no clock and does no I/O.
 
@@ -171,13 +235,17 @@ class TokenEstimator:
 
     def measure(self, request: Request) -> float:
         """Tokens of *request* before anything is learnt: at most 0.3 ms unless there is an exact tokenizer."""
-        messages, each = request.messages, self._overheads
+        messages, options, each = request.messages, request.options, self._overheads
         overheads = each.request + each.message * len(messages)
+        plain = options.tools is None and options.output_format is None
+        if plain and len(messages) == 1 and self._tokenizer is None:
+            text = messages[0].content
+            if type(text) is str and len(text) <= SAMPLES * SAMPLE:
+                return overheads + rough_count(text)
+        texts, beside = _texts(request, each)
+        overheads += beside
         if self._tokenizer is not None:
-            return overheads + sum([self._tokenizer.count(message.content) for message in messages])
-        if len(messages) == 1 and len(text := messages[0].content) <= SAMPLES * SAMPLE:
-            return overheads + rough_count(text)
-        texts = [message.content for message in messages]
+            return overheads + sum([self._tokenizer.count(text) for text in texts])
         length = sum(map(len, texts))
         if length <= SAMPLES * SAMPLE:
             return overheads + rough_count("".join(texts))
@@ -185,7 +253,7 @@ class TokenEstimator:
 
     def is_slow(self, request: Request) -> bool:
         """Whether :meth:`measure` belongs into a thread: there is an exact tokenizer, and much to count."""
-        return self._tokenizer is not None and sum([len(message.content) for message in request.messages]) > LARGE
+        return self._tokenizer is not None and sum(map(len, _texts(request, self._overheads)[0])) > LARGE
 
     def estimate(self, request: Request | float, *, model: str, tag: str = "") -> int:
         """Input tokens to reserve for *request* or its measure, enough for about nine of ten."""
