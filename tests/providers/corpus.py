@@ -4,19 +4,21 @@
 ``streams/<name>.sse``, and ``streams.json`` says what must become of it. ``expect`` lists only what the case is about.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from llm.core.content import Part
 from llm.core.exceptions import LLMException
 from llm.core.settings import ProviderSettings
 from llm.core.types import Message, MessageRole, Options, Request, StreamChunk, Usage
 from llm.providers.anthropic import AnthropicProvider
 from llm.providers.base import Provider, StreamDecoder
 from llm.providers.openai import OpenAIProvider
+from llm.providers.openai_responses import OpenAIResponses
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,10 +28,12 @@ Case = dict[str, Any]
 DIALECTS: dict[str, Callable[[ProviderSettings], Provider]] = {
     "anthropic": AnthropicProvider,
     "openai": OpenAIProvider,
+    "openai_responses": OpenAIResponses,
 }
 ASKED = {
     "anthropic": Request((Message(MessageRole.USER, "Hi"),), "claude-test"),
     "openai": Request((Message(MessageRole.USER, "Hi"),), "gpt-test"),
+    "openai_responses": Request((Message(MessageRole.USER, "Hi"),), "gpt-test"),
 }
 
 
@@ -72,10 +76,26 @@ def used(usage: Usage) -> dict[str, int]:
     return {field: n for field, n in msgspec.structs.asdict(usage).items() if n}
 
 
+def shown(parts: Sequence[Part]) -> list[Case]:
+    """*parts* as JSON, with what is kept byte for byte in plain sight."""
+    found: list[Case] = msgspec.to_builtins(list(parts))
+    for part, built in zip(parts, found, strict=True):
+        for name in ("raw", "extra"):
+            if raw := getattr(part, name, b""):
+                built[name] = msgspec.json.decode(raw)
+    return found
+
+
 def request(name: str, case: Case) -> Request:
-    """The request that *case* is about; of the dialect's default model unless it names one."""
+    """The request that *case* is about; of the dialect's default model unless it names one.
+
+    A message is a role, a text or parts as JSON, and whether it is to be cached.
+    """
     return Request(
-        tuple(Message(MessageRole(role), text) for role, text in case.get("messages", [["user", "Hi"]])),
+        tuple(
+            msgspec.convert(dict(zip(("role", "content", "cache"), message, strict=False)), Message)
+            for message in case.get("messages", [["user", "Hi"]])
+        ),
         case.get("model") or provider(name).default_model or "",
         msgspec.convert(case.get("options", {}), Options),
         case.get("stream", False),
@@ -123,7 +143,9 @@ def outcome(decoder: StreamDecoder, pieces: list[bytes]) -> Case:
     assert all(chunk.stop_reason is None for chunk in chunks[:-1])
     if decoder.done and last is not None:
         assert (last.stop_reason, last.usage) == (decoder.stop_reason, decoder.usage)
+    parts = shown([chunk.part for chunk in chunks if chunk.part is not None])
     return {
+        **({"parts": parts} if parts else {}),
         "text": "".join(chunk.text for chunk in chunks),
         "thinking": "".join(chunk.thinking for chunk in chunks),
         "refusal": "".join(chunk.refusal for chunk in chunks),

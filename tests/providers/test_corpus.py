@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from llm.providers import anthropic, openai
+from llm.providers import anthropic, openai, openai_base, openai_responses
 from llm.providers.base import Provider
 from llm.utils.http_errors import ERROR_BY_STATUS
 from tests.providers.corpus import ASKED, DIALECTS, GOLDEN, Case, cases, provider
@@ -71,7 +71,7 @@ def errors(name: str) -> list[tuple[int, Any]]:
 # ---------------------------------------------------------------------------------------------------- stop reasons
 
 
-@every_dialect
+@pytest.mark.parametrize("name", TABLES)
 def test_every_stop_reason_has_a_reply_and_a_stream(name: str) -> None:
     key = {"anthropic": "stop_reason", "openai": "finish_reason"}[name]
     known = set(TABLES[name].STOP_REASON)
@@ -83,6 +83,14 @@ def test_every_stop_reason_has_a_reply_and_a_stream(name: str) -> None:
         assert found - known - openai.BROKEN_OFF, "and one that nobody knows"
     nothing = [case for case in golden(name, "replies").values() if None in values(case["body"], key)]
     assert nothing, "and none"
+
+
+def test_every_state_of_a_response_has_a_reply_and_its_ends_a_stream() -> None:
+    replies = words([case["body"] for case in golden("openai_responses", "replies").values()], "status")
+    assert replies >= {"completed", "incomplete", "failed", "in_progress"}
+    reasons = words([case["body"] for case in golden("openai_responses", "replies").values()], "reason")
+    assert reasons > set(openai_responses.INCOMPLETE), "and one that nobody knows"
+    assert words(list(events("openai_responses")), "reason") >= set(openai_responses.INCOMPLETE)
 
 
 def test_every_way_of_breaking_off_has_a_case() -> None:
@@ -123,6 +131,16 @@ USAGE = {
         "accepted_prediction_tokens",
         "rejected_prediction_tokens",
     },
+    "openai_responses": {
+        "input_tokens",
+        "input_tokens_details",
+        "cached_tokens",
+        "cache_write_tokens",
+        "output_tokens",
+        "output_tokens_details",
+        "reasoning_tokens",
+        "total_tokens",
+    },
 }
 """What the vendors' documents name in a usage."""
 
@@ -142,7 +160,8 @@ def test_every_figure_of_a_usage_has_a_reply_and_a_stream(name: str) -> None:
     assert in_replies >= USAGE[name]
     # A stream tells the tier once, in its start.
     assert in_streams >= USAGE[name]
-    assert set(TABLES[name]._Usage.__struct_fields__) - {"prompt_cache_hit_tokens"} <= USAGE[name]
+    module = openai_responses if name == "openai_responses" else TABLES[name]
+    assert set(module._Usage.__struct_fields__) - {"prompt_cache_hit_tokens"} <= USAGE[name]
 
 
 def test_the_figures_in_other_places_and_by_other_names_have_streams() -> None:
@@ -234,8 +253,8 @@ def test_every_status_and_word_of_our_tables_has_a_case(name: str) -> None:
     assert set(ERROR_BY_STATUS) <= statuses
     assert {100 * (status // 100) for status in statuses - set(ERROR_BY_STATUS)} >= {300, 400, 500}
     said = {case["body"] for case in golden(name, "errors").values()}
-    table = TABLES[name]
-    openings = table.ERROR_BY_OPENING if name == "anthropic" else ()
+    table = anthropic if name == "anthropic" else openai_base
+    openings = anthropic.ERROR_BY_OPENING if name == "anthropic" else ()
     for word in (*table.STATUS_BY_TYPE, *table.ERROR_BY_CODE, *openings):
         assert [body for body in said if word in body], f"no golden error says {word}"
     under_200 = [case["body"] for case in golden(name, "errors").values() if case["status"] == 200]
@@ -308,6 +327,30 @@ def test_every_event_of_a_stream_that_the_vendor_names_has_a_file(name: str) -> 
         assert {"text_delta", "input_json_delta", "thinking_delta", "signature_delta", "citations_delta"} <= words(
             deltas, "type"
         )
+    elif name == "openai_responses":
+        named = {
+            "response.created",
+            "response.in_progress",
+            "response.output_item.added",
+            "response.output_item.done",
+            "response.content_part.added",
+            "response.content_part.done",
+            "response.output_text.delta",
+            "response.output_text.done",
+            "response.refusal.delta",
+            "response.refusal.done",
+            "response.reasoning_text.delta",
+            "response.reasoning_summary_part.added",
+            "response.reasoning_summary_text.delta",
+            "response.function_call_arguments.delta",
+            "response.function_call_arguments.done",
+            "response.web_search_call.in_progress",
+            "response.completed",
+            "response.incomplete",
+            "response.failed",
+            "error",
+        }
+        assert named <= {event.get("type") for event in events(name)}
     else:
         assert any(b"data: [DONE]" in data for data in streams(name).values())
         for field in ("role", "content", "refusal", "tool_calls", "function_call"):
@@ -362,6 +405,6 @@ def test_every_rate_limit_header_has_a_golden_file(name: str) -> None:
     else:
         named = {f"x-ratelimit-{a}-{b}" for a in ("limit", "remaining", "reset") for b in ("requests", "tokens")}
         owners = {"openai-organization", "openai-project"}
-        assert {header for names in openai._LIMIT_HEADERS for header in names} <= anywhere
+        assert {header for names in openai_base._LIMIT_HEADERS for header in names} <= anywhere
     assert named <= set(headers)
     assert owners <= anywhere

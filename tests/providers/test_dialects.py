@@ -20,6 +20,7 @@ from tests.providers.corpus import (
     outcome,
     provider,
     request,
+    shown,
     streams,
     used,
 )
@@ -119,6 +120,7 @@ def test_a_reply_means_what_its_golden_file_says(name: str, case: Case) -> None:
         return
     reply = provider(name, case).decode(ASKED[name], status, headers, body)
     assert used(reply.usage) == expect.pop("usage")
+    assert shown(reply.content) == expect.pop("content", [])
     assert {field: getattr(reply, field) for field in expect} == {
         field: tuple(value) if isinstance(value, list) else value for field, value in expect.items()
     }
@@ -336,7 +338,7 @@ def test_headers_without_limits_are_no_limits(name: str) -> None:
 
 @every_dialect
 def test_an_answer_that_names_the_keys_owner_tells_that_alone(name: str) -> None:
-    for headers, owners in OWNERS[name]:
+    for headers, owners in OWNERS[name.removesuffix("_responses")]:
         assert provider(name).limits(headers) == (ObservedLimits(owners=owners) if owners else None)
 
 
@@ -364,7 +366,7 @@ OWNERS: dict[str, list[tuple[dict[str, str], tuple[str, ...]]]] = {
 @every_dialect
 @pytest.mark.parametrize("digits", ["9" * 16, "9" * 400, "9" * 5000, "1e9", "-1"], ids=len)
 def test_a_limit_that_cannot_be_is_no_limit_and_no_error(name: str, digits: str) -> None:
-    names = {"anthropic": "anthropic-ratelimit-requests-{}", "openai": "x-ratelimit-{}-requests"}[name]
+    names = "anthropic-ratelimit-requests-{}" if name == "anthropic" else "x-ratelimit-{}-requests"
     headers = {names.format(word): digits for word in ("limit", "remaining", "reset")}
     assert provider(name).limits(headers) is None
     sound = headers | {names.format("limit"): "50", names.format("remaining"): "49"}
@@ -385,7 +387,7 @@ def test_a_429_for_too_steep_a_ramp_says_so_in_its_code(name: str, streamed: boo
             b'"details":{"error_code":"ramp_limit_exceeded"}}}',
         ),
         "openai": ("slow_down", b'{"error":{"message":"m","type":"rate_limit_error","param":null,"code":"slow_down"}}'),
-    }[name]
+    }[name.removesuffix("_responses")]
     found: LLMException | None
     if streamed:
         decoder = provider(name).stream_decoder(ASKED[name])

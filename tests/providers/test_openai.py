@@ -5,7 +5,8 @@ import pytest
 
 from llm.core.exceptions import LLMProtocolError
 from llm.core.types import LimitState, Message, MessageRole, ObservedLimits, Request, StopReason, StreamChunk
-from llm.providers.openai import ERROR_BY_CODE, STATUS_BY_TYPE, STOP_REASON, OpenAIProvider
+from llm.providers.openai import STOP_REASON, OpenAIProvider
+from llm.providers.openai_base import ERROR_BY_CODE, STATUS_BY_TYPE
 from llm.utils.http_errors import error_for_status
 from tests.providers.corpus import settings
 

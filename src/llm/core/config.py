@@ -37,7 +37,7 @@ from .settings import (
     Weights,
 )
 
-DIALECTS = ("anthropic", "openai")
+DIALECTS = ("anthropic", "openai", "openai_responses")
 MIDDLEWARE = ("rate_limiter", "retry", "logging", "metrics")
 STORES = ("memory",)
 

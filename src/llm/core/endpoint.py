@@ -129,13 +129,13 @@ class Endpoint:
                         if limits is not None:
                             admission.observe(limits=limits)
                     stream = None
-                    if request.stream and 200 <= response.status < 300:
+                    if (request.stream or encoded.gather) and 200 <= response.status < 300:
                         stream = await self._stream(call, key, request, response, encoded.dropped)
-                    reply: Reply = (
-                        stream
-                        if stream is not None
-                        else self._whole(key, request, response, await response.read(), encoded.dropped)
-                    )
+                    reply: Reply
+                    if stream is None:
+                        reply = self._whole(key, request, response, await response.read(), encoded.dropped)
+                    else:
+                        reply = await self._gather(call, stream) if encoded.gather else stream
                 except BaseException:
                     # A body that was read to its end keeps its connection all the same.
                     response.close()
@@ -229,6 +229,22 @@ class Endpoint:
         force_setattr(answer, "key_id", key.ref.id)
         if dropped:
             force_setattr(answer, "warnings", self._warn(request.model, dropped))
+        answer.__dict__["report"] = self._events.fault
+        return answer
+
+    async def _gather(self, call: Call, stream: ResponseStream) -> LLMResponse:
+        """The whole answer out of *stream*, of which the caller does not know."""
+        try:
+            async for _ in stream:
+                pass
+        except LLMStreamInterruptedError as error:
+            # Nobody has seen a piece of it, so the call may be made again.
+            error.retryable = True
+            raise
+        finally:
+            stream.close()
+            call.stream = None
+        answer = stream.response()
         answer.__dict__["report"] = self._events.fault
         return answer
 

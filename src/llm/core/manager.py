@@ -449,6 +449,10 @@ def _provider_factory(dialect: str, factories: Mapping[str, ProviderFactory]) ->
         from ..providers.openai import OpenAIProvider
 
         return OpenAIProvider
+    if dialect == "openai_responses":
+        from ..providers.openai_responses import OpenAIResponses
+
+        return OpenAIResponses
     factory: ProviderFactory = _load(PROVIDERS_GROUP, dialect)
     return factory
 

@@ -14,10 +14,12 @@ Sources: the vendor's API reference for both versions, and the errors it was see
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
 
+from ..core.content import Opaque, Part, Text, Thinking, ToolCall
 from ..core.exceptions import (
     LLMContentFilteredError,
     LLMException,
@@ -38,14 +40,24 @@ from ..core.types import (
     Request,
     StopReason,
     StreamChunk,
+    ToolCallDelta,
     Usage,
 )
 from ..transports.base import HTTPRequest
 from ..utils.error_body import UNREADABLE, ErrorBody, read_error_body
 from ..utils.http_errors import build_error, error_for_status, unreadable
 from ..utils.json_body import encode_body
+from .anthropic_messages import (
+    CACHE,
+    DIALECT,
+    ask_for_format,
+    ask_for_thinking,
+    ask_for_tools,
+    wire_messages,
+    wire_system,
+)
 from .base import Encoded
-from .catalog import Family, asked, catalog, leave_out
+from .catalog import Family, Refuse, asked, catalog, leave_out
 from .event_stream import EventStream
 from .quota import Groups, count, merged, owners, seconds_until
 
@@ -55,6 +67,8 @@ API_VERSION: Final = "2023-06-01"
 DEFAULT_MAX_TOKENS: Final = 16_384
 """Some 12,000 words, thinking included. An unstreamed answer that may take longer than ten minutes (21,333 tokens by
 the vendor's reckoning) is better streamed, so what nobody asked for stays below that."""
+MAX_UNSTREAMED: Final = 21_333
+"""Tokens of an answer that is waited for in one piece: by the vendor's reckoning (128,000 in an hour) ten minutes."""
 CUSTOM_MAX_TOKENS: Final = 4_096
 """The same under a custom address, where the model may have a small context that answer and prompt share."""
 
@@ -108,6 +122,8 @@ _SAMPLING: Final = frozenset(("temperature", "top_p", "top_k"))
 _NOTHING_ASKED: Final = Options()
 _SYSTEM: Final = MessageRole.SYSTEM
 
+_NOTHING: Final = msgspec.Raw()
+
 _Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
@@ -140,6 +156,9 @@ class _Block(msgspec.Struct, gc=False):
     type: str = ""
     text: str | None = None
     thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: msgspec.Raw = _NOTHING
 
 
 class _PlainReply(msgspec.Struct, gc=False):
@@ -157,7 +176,11 @@ class _Reply(_PlainReply, gc=False):
     usage: _Usage | None = None
 
 
-class _Delta(_Block, gc=False):
+class _Delta(msgspec.Struct, gc=False):
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
+    signature: str | None = None
     stop_reason: str | None = None
     stop_details: _StopDetails | None = None
 
@@ -176,6 +199,16 @@ class _Event(_PlainEvent, gc=False):
     usage: _Usage | None = None
 
 
+class _RawReply(msgspec.Struct):
+    """The blocks as they came, for those that have to go back so."""
+
+    content: list[msgspec.Raw] = []
+
+
+class _RawStart(msgspec.Struct):
+    content_block: dict[str, Any] = {}
+
+
 class _Named(msgspec.Struct, gc=False):
     type: str = ""
 
@@ -184,6 +217,8 @@ _decode_reply: Final = msgspec.json.Decoder(_Reply).decode
 _decode_plain_reply: Final = msgspec.json.Decoder(_PlainReply).decode
 _decode_event: Final = msgspec.json.Decoder(_Event).decode
 _decode_plain_event: Final = msgspec.json.Decoder(_PlainEvent).decode
+_decode_raw_reply: Final = msgspec.json.Decoder(_RawReply).decode
+_decode_raw_start: Final = msgspec.json.Decoder(_RawStart).decode
 _decode_named: Final = msgspec.json.Decoder(_Named).decode
 
 # The events whose loss would change the answer; whatever else cannot be read is ignored like an unknown one.
@@ -245,12 +280,13 @@ class AnthropicProvider:
             "messages": messages,
         }
         for message in messages:
-            if message.role == _SYSTEM:
-                system, body["messages"] = _split_system(messages, in_place=family.system_turns)
+            if message.role is _SYSTEM or message.cache or type(message.content) is not str:
+                system, turns = _split_system(messages, in_place=family.system_turns)
+                body["messages"] = wire_messages(turns)
                 if system:
-                    body["system"] = system
+                    body["system"] = wire_system(system)
                 break
-        if not (self._custom or family.prefill) and messages and messages[-1].role == MessageRole.ASSISTANT:
+        if not (self._custom or family.prefill) and messages and _is_prefill(messages[-1]):
             raise LLMInvalidRequestError(
                 f"messages[{len(messages) - 1}]: {model} does not continue an assistant's message; end with the user's",
                 provider=self.name,
@@ -260,16 +296,18 @@ class AnthropicProvider:
             raise LLMInvalidRequestError(
                 "messages: there is nothing to answer; add a message of the user's", provider=self.name, model=model
             )
-        if request.stream:
+        # Longer answers may take more than the ten minutes after which the vendor closes a silent connection.
+        streamed = request.stream or body["max_tokens"] > MAX_UNSTREAMED
+        if streamed:
             body["stream"] = True
         dropped: tuple[str, ...] = ()
         if options != _NOTHING_ASKED:
             dropped = self._ask(body, options, family, model)
-        headers = {**(self._stream_headers if request.stream else self._headers), "x-api-key": key}
+        headers = {**(self._stream_headers if streamed else self._headers), "x-api-key": key}
         if self._extra_headers or options.extra_headers:
             self._merge_headers(headers, options.extra_headers)
         encoded = encode_body(body, self._extra_body, options.extra_body, provider=self.name, model=model)
-        return Encoded(HTTPRequest("POST", self._url, headers, encoded), dropped)
+        return Encoded(HTTPRequest("POST", self._url, headers, encoded), dropped, streamed and not request.stream)
 
     def decode(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMResponse:
         """The answer in a complete *body*. Raises what ``classify`` says for a failure, under whatever status."""
@@ -282,19 +320,30 @@ class AnthropicProvider:
         if reply.type == "error" or (reply.content is None and reply.stop_reason is None):
             raise self.classify(request, status, headers, body)
         text = thinking = ""
+        content: tuple[Part, ...] = ()
         for block in reply.content or ():
             if block.type == "text":
                 text += block.text or ""
-            elif block.type == "thinking":
-                thinking += block.thinking or ""
+            else:
+                content = _parts(reply.content or (), body)
+                break
         reason = reply.stop_reason
+        stop = STOP_REASON.get(reason or "", StopReason.UNKNOWN)
+        if content:
+            if (name := self.format_tool(request)) is not None:
+                content, stop = _without_format(content, name, stop)
+            text = "".join([part.text for part in content if type(part) is Text])
+            thinking = "".join([part.text for part in content if type(part) is Thinking])
+            if all(type(part) is Text for part in content):
+                content = ()
         return LLMResponse(
             text=text,
             model=reply.model or request.model,
             usage=_usage(reply.usage) if reply.usage is not None else Usage(),
-            stop_reason=STOP_REASON.get(reason or "", StopReason.UNKNOWN),
+            stop_reason=stop,
             refusal=_refusal(reply.stop_details) if reason == "refusal" else None,
             thinking=thinking,
+            content=content,
             id=reply.id or "",
             provider=self.name,
             request_id=headers.get("request-id"),
@@ -361,6 +410,13 @@ class AnthropicProvider:
         gone = None if self._custom else self._vendor.retirement(model)
         return gone.use if gone is not None and gone.on <= catalog().as_of else None
 
+    def format_tool(self, request: Request) -> str | None:
+        """The name of the tool that stands for the answer's form, None if none does."""
+        wanted = request.options.output_format
+        if wanted is None or self._custom or self._vendor.family(request.model).formats == "native":
+            return None
+        return wanted.name
+
     def _learn(self, model: str) -> Family:
         """The rules for *model*, remembered; none are known under a custom address."""
         if self._custom:
@@ -379,6 +435,14 @@ class AnthropicProvider:
         """Put what *options* ask into *body*; the names of the hints that the model refuses."""
         wishes = asked(options)
         refused = self._refused | family.refuses
+        custom, refuse = self._custom, Refuse(self.name, model)
+        ask_for_tools(body, options, family, custom=custom, refuse=refuse)
+        if ask_for_thinking(body, options, family, custom=custom, refuse=refuse) and not custom:
+            refused |= _SAMPLING
+        if options.output_format is not None:
+            ask_for_format(body, options.output_format, family, custom=custom, refuse=refuse)
+        if options.cache:
+            body["cache_control"] = CACHE
         if family.temperature_or_top_p and "temperature" in wishes:
             refused |= {"top_p"}
         strict = options.unsupported == "raise" if options.unsupported is not None else self._strict
@@ -423,7 +487,7 @@ class AnthropicStream(EventStream):
     ``message_stop``: until then neither the stop reason nor the usage is final.
     """
 
-    __slots__ = ("_refusal", "_usage")
+    __slots__ = ("_block", "_calls", "_format", "_refusal", "_usage")
 
     terminal = "message_stop"
 
@@ -431,6 +495,10 @@ class AnthropicStream(EventStream):
         super().__init__(provider, request)
         self._usage: _Usage | None = None
         self._refusal = ""
+        self._block: _Open | None = None
+        """The block under way, if it is not text."""
+        self._calls = 0
+        self._format = provider.format_tool(request)
 
     def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
         for data in payloads:
@@ -448,8 +516,17 @@ class AnthropicStream(EventStream):
                 if event.delta is not None:
                     self._say(event.delta, chunks)
             elif kind == "content_block_start":
-                if event.content_block is not None:
-                    self._say(event.content_block, chunks)
+                block = event.content_block
+                if block is not None:
+                    if block.type == "text":
+                        if block.text:
+                            self._content = True
+                            chunks.append(StreamChunk(block.text))
+                    else:
+                        self._begin(block, data, chunks)
+            elif kind == "content_block_stop":
+                if self._block is not None:
+                    self._complete(self._block, chunks)
             elif kind == "message_start":
                 if event.message is not None:
                     self.id = event.message.id or self.id
@@ -459,10 +536,15 @@ class AnthropicStream(EventStream):
                 delta = event.delta
                 if delta is not None and delta.stop_reason is not None:
                     self.stop_reason = STOP_REASON.get(delta.stop_reason, StopReason.UNKNOWN)
+                    if self._format is not None and not self._calls and self.stop_reason is StopReason.TOOL_CALLS:
+                        # The tool was the form of the answer.
+                        self.stop_reason = StopReason.STOP
                     if delta.stop_reason == "refusal":
                         self._refusal = _refusal(delta.stop_details) or ""
                 self._count(event.usage)
             elif kind == "message_stop":
+                if self._block is not None:
+                    self._complete(self._block, chunks)
                 self.done = True
                 self.stop_reason = self.stop_reason or StopReason.UNKNOWN
                 chunks.append(StreamChunk(refusal=self._refusal, stop_reason=self.stop_reason, usage=self.usage))
@@ -471,13 +553,52 @@ class AnthropicStream(EventStream):
                 self.error = self._provider.classify(self._request, 200, {}, data)
                 return
 
-    def _say(self, block: _Block, chunks: list[StreamChunk]) -> None:
-        if block.text:
+    def _say(self, delta: _Delta, chunks: list[StreamChunk]) -> None:
+        block = self._block
+        if delta.text:
             self._content = True
-            chunks.append(StreamChunk(block.text))
+            chunks.append(StreamChunk(delta.text))
+        elif delta.thinking:
+            self._content = True
+            chunks.append(StreamChunk("", delta.thinking))
+            if block is not None:
+                block.pieces.append(delta.thinking)
+        elif delta.partial_json:
+            if block is None:
+                return
+            block.pieces.append(delta.partial_json)
+            if block.call >= 0:
+                self._content = True
+                chunks.append(StreamChunk(tool_call=ToolCallDelta(block.call, arguments=delta.partial_json)))
+            elif block.is_format:
+                self._content = True
+                chunks.append(StreamChunk(delta.partial_json))
+        elif delta.signature and block is not None:
+            block.signature = delta.signature
+
+    def _begin(self, block: _Block, data: bytes, chunks: list[StreamChunk]) -> None:
+        """A block that is not text has begun."""
+        if self._block is not None:
+            self._complete(self._block, chunks)
+        self._block = opened = _Open(_decode_raw_start(data).content_block)
+        if block.type == "tool_use":
+            if block.name == self._format:
+                opened.is_format = True
+                return
+            opened.call, self._calls = self._calls, self._calls + 1
+            self._content = True
+            chunks.append(StreamChunk(tool_call=ToolCallDelta(opened.call, block.id or "", block.name or "")))
         elif block.thinking:
             self._content = True
+            opened.pieces.append(block.thinking)
             chunks.append(StreamChunk("", block.thinking))
+
+    def _complete(self, block: _Open, chunks: list[StreamChunk]) -> None:
+        self._block = None
+        if block.is_format:
+            return
+        self._content = True
+        chunks.append(StreamChunk(part=block.part()))
 
     def _count(self, usage: _Usage | None) -> None:
         """Overwrite what *usage* tells and keep what it does not: the figures are cumulative."""
@@ -491,15 +612,81 @@ class AnthropicStream(EventStream):
         self.usage = _usage(usage)
 
 
-def _split_system(messages: tuple[Message, ...], *, in_place: bool) -> tuple[str, tuple[Message, ...]]:
-    """The text for ``system`` and the messages that stay: of the system's, those after the first turn if *in_place*."""
+class _Open(msgspec.Struct):
+    """A block under way that is not text: what it began with, and what has come since."""
+
+    start: dict[str, Any]
+    pieces: list[str] = []
+    signature: str = ""
+    call: int = -1
+    """Which of the answer's tool calls it is."""
+    is_format: bool = False
+    """Whether it stands for the answer itself."""
+
+    def part(self) -> Part:
+        """The block as it is when it has ended."""
+        start, pieces = self.start, "".join(self.pieces)
+        kind = start.get("type", "")
+        if kind == "tool_use":
+            arguments = pieces or msgspec.json.encode(start.get("input") or {}).decode()
+            return ToolCall(str(start.get("id", "")), str(start.get("name", "")), arguments)
+        if kind == "thinking":
+            start = {**start, "thinking": pieces}
+            if self.signature:
+                start["signature"] = self.signature
+            return Thinking(pieces, msgspec.json.encode(start), DIALECT)
+        if kind == "redacted_thinking":
+            return Thinking("", msgspec.json.encode(start), DIALECT)
+        if pieces:
+            # A tool of the vendor's own: its arguments came as ours do.
+            try:
+                start = {**start, "input": msgspec.json.decode(pieces)}
+            except msgspec.DecodeError:
+                start = {**start, "input": pieces}
+        return Opaque(str(kind), msgspec.json.encode(start), DIALECT)
+
+
+def _parts(blocks: Sequence[_Block], body: bytes) -> tuple[Part, ...]:
+    """The blocks of an answer that is not all text."""
+    found: list[Part] = []
+    for block, raw in zip(blocks, _decode_raw_reply(body).content, strict=True):
+        kind = block.type
+        if kind == "text":
+            if block.text:
+                found.append(Text(block.text))
+        elif kind == "thinking" or kind == "redacted_thinking":
+            found.append(Thinking(block.thinking or "", bytes(raw), DIALECT))
+        elif kind == "tool_use":
+            arguments = bytes(block.input).decode()
+            found.append(ToolCall(block.id or "", block.name or "", arguments if arguments != "null" else "{}"))
+        else:
+            found.append(Opaque(kind, bytes(raw), DIALECT))
+    return tuple(found)
+
+
+def _without_format(parts: tuple[Part, ...], name: str, stop: StopReason) -> tuple[tuple[Part, ...], StopReason]:
+    """*parts* with the tool that stands for the answer's form read as the answer's text."""
+    read = tuple(Text(p.arguments) if type(p) is ToolCall and p.name == name else p for p in parts)
+    called = any(type(part) is ToolCall for part in read)
+    return read, StopReason.STOP if stop is StopReason.TOOL_CALLS and not called else stop
+
+
+def _is_prefill(message: Message) -> bool:
+    """Whether *message* is an answer's beginning; one that the vendor paused is not, and is sent back as it was."""
+    if message.role is not MessageRole.ASSISTANT:
+        return False
+    return isinstance(message.content, str) or not any(type(part) is Opaque for part in message.content)
+
+
+def _split_system(messages: tuple[Message, ...], *, in_place: bool) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """What goes into ``system`` and what stays: of the system's messages, those after the first turn if *in_place*."""
     if in_place:
         first = next((i for i, message in enumerate(messages) if message.role != _SYSTEM), len(messages))
         moved, stay = messages[:first], messages[first:]
     else:
         moved = tuple(message for message in messages if message.role == _SYSTEM)
         stay = tuple(message for message in messages if message.role != _SYSTEM)
-    return "\n\n".join(message.text for message in moved), stay
+    return moved, stay
 
 
 def _without_usage(data: bytes) -> _Event:

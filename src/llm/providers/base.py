@@ -17,6 +17,8 @@ class Encoded(msgspec.Struct, frozen=True):
     request: HTTPRequest
     dropped: tuple[str, ...] = ()
     """Names of the sampling hints that the model refuses and that were therefore not sent."""
+    gather: bool = False
+    """A whole answer was asked for and comes as a stream: it is put together on arrival."""
 
 
 class StreamDecoder(Protocol):

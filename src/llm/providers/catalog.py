@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Sequence
 from datetime import date
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -30,6 +31,13 @@ PLAIN: Final[dict[str, object]] = {
 _NOT_ASKED_OF_THE_MODEL: Final = frozenset(
     ("max_tokens", "timeout", "unsupported", "extra_body", "extra_headers", "priority", "tenant", "tag")
 )
+RICH: Final = frozenset(("tools", "tool_choice", "parallel_tool_calls", "reasoning", "output_format", "cache"))
+"""Options for which each dialect has a shape of its own."""
+
+_SCALARS: Final = frozenset(Options.__struct_fields__) - _NOT_ASKED_OF_THE_MODEL - RICH
+
+EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""How hard a model thinks, from not at all on."""
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +53,13 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     system_role: str = "developer"
     system_turns: bool = False
     prefill: bool = False
+    thinking: tuple[str, ...] = ()
+    efforts: tuple[str, ...] = ()
+    responses_efforts: tuple[str, ...] = ()
+    forced_tools: bool = True
+    chat_tools: Literal["always", "at_no_effort", "never"] = "always"
+    formats: Literal["native", "tool", "prompt"] = "native"
+    cache_marks: bool = False
 
 
 class Retirement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -103,11 +118,33 @@ def catalog() -> Catalog:
 def asked(options: Options) -> dict[str, object]:
     """What *options* ask of the model by name, without ``max_tokens``, which each dialect treats in its own way."""
     said = msgspec.structs.asdict(options)
-    wishes = {name: value for name, value in said.items() if value is not None and name not in _NOT_ASKED_OF_THE_MODEL}
+    wishes = {name: value for name, value in said.items() if value is not None and name in _SCALARS}
     if not options.stop:
         # No stop sequences are no wish.
         wishes.pop("stop", None)
     return wishes
+
+
+class Refuse:
+    """Makes the error for what the model is known to refuse."""
+
+    __slots__ = ("_model", "_provider")
+
+    def __init__(self, provider: str, model: str) -> None:
+        self._provider = provider
+        self._model = model
+
+    def __call__(self, option: str, value: object, reason: str) -> LLMInvalidRequestError:
+        return LLMInvalidRequestError(
+            f"{option}={value!r}: {self._model} does not take it: {reason}", provider=self._provider, model=self._model
+        )
+
+
+def effort_for(wish: str, known: Sequence[str]) -> str:
+    """The word among *known* for *wish*: the same, else the next lower one, else the lowest of all."""
+    known = sorted((word for word in known if word != "none"), key=EFFORTS.index)
+    lower = [word for word in known if EFFORTS.index(word) <= EFFORTS.index(wish)]
+    return lower[-1] if lower else known[0]
 
 
 def leave_out(

@@ -13,30 +13,22 @@ Sources: the vendor's API reference, and what compatible servers were seen to se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Annotated, Any, Final
 
 import msgspec
 
+from ..core.content import Part, Text, Thinking
 from ..core.exceptions import (
-    LLMContentFilteredError,
-    LLMContextLengthError,
     LLMException,
     LLMInvalidRequestError,
-    LLMModelNotFoundError,
     LLMOverloadedError,
     LLMProtocolError,
-    LLMQuotaExhaustedError,
 )
 from ..core.settings import ProviderSettings
 from ..core.types import (
-    Counting,
     Headers,
-    LimitState,
     LLMResponse,
-    Message,
     MessageRole,
-    ObservedLimits,
     Options,
     Request,
     StopReason,
@@ -44,16 +36,16 @@ from ..core.types import (
     Usage,
 )
 from ..transports.base import HTTPRequest
-from ..utils.error_body import MAX_BODY, UNREADABLE, ErrorBody, read_error_body
-from ..utils.header_values import whole_number
-from ..utils.http_errors import build_error, error_for_status, unreadable
+from ..utils.error_body import MAX_BODY, UNREADABLE
 from ..utils.json_body import encode_body
 from .base import Encoded
-from .catalog import Family, asked, catalog, leave_out
+from .catalog import Family, Refuse, asked, leave_out
 from .event_stream import EventStream
-from .quota import Groups, count, merged, owners, seconds
-
-BASE_URL: Final = "https://api.openai.com/v1"
+from .openai_base import OpenAIBase
+from .openai_messages import DIALECT, ask_for_format, ask_for_tools, wire_messages
+from .openai_responses import OpenAIResponses, ResponsesStream
+from .openai_tools import Calls, WireCall
+from .responses_items import has_items
 
 STOP_REASON: Final = {
     "stop": StopReason.STOP,
@@ -69,53 +61,8 @@ STOP_REASON: Final = {
 BROKEN_OFF: Final = frozenset(("error", "insufficient_system_resource"))
 """A ``finish_reason`` that says the server gave up (OpenRouter, Mistral; DeepSeek): the answer is not whole."""
 
-STATUS_BY_TYPE: Final = {
-    "invalid_request_error": 400,
-    "context_length_exceeded": 400,
-    "invalid_prompt": 400,
-    "authentication_error": 401,
-    "invalid_api_key": 401,
-    "permission_error": 403,
-    "model_not_found": 404,
-    "requests": 429,
-    "tokens": 429,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "insufficient_quota": 429,
-    "slow_down": 429,
-    "server_error": 500,
-    "server_is_overloaded": 503,
-    "service_unavailable_error": 503,
-}
-"""The status an error would have had if it had not come under 200, by its code or its type."""
-
-ERROR_BY_CODE: Final[dict[str, type[LLMException]]] = {
-    "insufficient_quota": LLMQuotaExhaustedError,
-    "credit_balance_exhausted": LLMQuotaExhaustedError,
-    "organization_spend_limit_exceeded": LLMQuotaExhaustedError,
-    "project_spend_limit_exceeded": LLMQuotaExhaustedError,
-    "organization_usage_limit_exceeded": LLMQuotaExhaustedError,
-    "billing_hard_limit_reached": LLMQuotaExhaustedError,
-    "context_length_exceeded": LLMContextLengthError,
-    "exceed_context_size_error": LLMContextLengthError,
-    "model_not_found": LLMModelNotFoundError,
-    "content_filter": LLMContentFilteredError,
-    "content_policy_violation": LLMContentFilteredError,
-    "invalid_prompt": LLMContentFilteredError,
-    "bio_policy": LLMContentFilteredError,
-    "cyber_policy": LLMContentFilteredError,
-    "misalignment_policy_violation": LLMContentFilteredError,
-}
-"""Codes and types that mean the same under any status: a spent quota comes as 429, 400 and 403."""
-
-_LIMIT_HEADERS: Final = tuple(
-    (f"x-ratelimit-limit-{name}", f"x-ratelimit-remaining-{name}", f"x-ratelimit-reset-{name}")
-    for name in ("requests", "tokens", "project-tokens")
-)
 _NOTHING_ASKED: Final = Options()
 _SYSTEM: Final = MessageRole.SYSTEM
-# The vendor has no word for it; compatible servers do.
-_NO_WORD: Final = frozenset(("top_k",))
 _STOPS: Final = 4
 """Stop sequences that the vendor takes at most."""
 
@@ -153,6 +100,7 @@ class _Words(msgspec.Struct, gc=False):
 
     content: str | list[_Part] | None = None
     refusal: str | None = None
+    tool_calls: Sequence[WireCall] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     """What vLLM, OpenRouter and Ollama call ``reasoning_content``."""
@@ -193,38 +141,17 @@ _decode: Final = msgspec.json.Decoder(_Reply).decode
 _decode_plain: Final = msgspec.json.Decoder(_PlainReply).decode
 
 
-class OpenAIProvider:
+class OpenAIProvider(OpenAIBase):
     """The Chat Completions dialect at one address. It implements ``providers.base.Provider``."""
 
     def __init__(self, settings: ProviderSettings) -> None:
-        vendor = catalog().openai
-        self.name = settings.name
-        self.default_model: str | None = vendor.default
-        self._custom = settings.custom
-        self._vendor = vendor
-        self._refused = frozenset() if settings.custom else _NO_WORD
-        self._strict = settings.unsupported == "raise"
-        self._extra_body = settings.extra_body
-        # Azure's classic addresses end in a query.
-        base, mark, query = (settings.base_url or BASE_URL).partition("?")
-        base = base.rstrip("/")
-        self._url = f"{base}/chat/completions{mark}{query}"
-        self._probe_url = f"{base}/models{mark}{query}"
-        self._extra_headers = {name.lower(): value for name, value in settings.extra_headers.items()}
-        self._headers = {"content-type": "application/json", "accept": "application/json"}
-        self._stream_headers = self._headers | {"accept": "text/event-stream"}
+        super().__init__(settings, "chat/completions")
+        # Of another server it is not known whether it has the other API: there it is a dialect to be configured.
+        self._responses = OpenAIResponses(settings) if not settings.custom else None
         self._stream_options = {"include_usage": True}
         if not self._custom:
             # Padding against eavesdroppers who measure packets; it is bandwidth, and a strict server refuses the word.
             self._stream_options["include_obfuscation"] = False
-        self._families: dict[str, Family] = {}
-        self._groups = Groups(settings, vendor)
-        # The vendor says that cached input and refused requests count. Compatible servers may differ (`counting`).
-        known = Counting(reserve_max=True, cache_reads=True, rejected=True)
-        self.counting = merged(known, settings.counting)
-
-    def __repr__(self) -> str:
-        return f"<OpenAIProvider {self.name}>"
 
     def encode(self, request: Request, key: str) -> Encoded:
         """The HTTP request for *request*.
@@ -235,16 +162,20 @@ class OpenAIProvider:
         model = request.model
         family = self._families.get(model) or self._learn(model)
         messages = request.messages
+        if (other := self._other(request, family)) is not None:
+            return other.encode(request, key)
         if not messages:
             raise LLMInvalidRequestError(
                 "messages: there is nothing to answer; add a message of the user's", provider=self.name, model=model
             )
         body: dict[str, Any] = {"model": model, "messages": messages}
-        if family.system_role != "system":
-            for message in messages:
-                if message.role == _SYSTEM:
-                    body["messages"] = _renamed(messages, family.system_role)
-                    break
+        renames = family.system_role != "system"
+        for message in messages:
+            if (renames and message.role is _SYSTEM) or message.cache or type(message.content) is not str:
+                body["messages"] = wire_messages(
+                    messages, family.system_role, marks=family.cache_marks, refuse=Refuse(self.name, model)
+                )
+                break
         if options.max_tokens is not None:
             body[family.token_field] = options.max_tokens
         dropped: tuple[str, ...] = ()
@@ -253,11 +184,7 @@ class OpenAIProvider:
         if request.stream:
             body["stream"] = True
             body["stream_options"] = self._stream_options
-            headers = {**self._stream_headers, "authorization": f"Bearer {key}"}
-        else:
-            headers = {**self._headers, "authorization": f"Bearer {key}"}
-        if self._extra_headers or options.extra_headers:
-            self._merge_headers(headers, options.extra_headers)
+        headers = self._headers_of(options, key, stream=request.stream)
         encoded = encode_body(body, self._extra_body, options.extra_body, provider=self.name, model=model)
         return Encoded(HTTPRequest("POST", self._url, headers, encoded), dropped)
 
@@ -265,6 +192,8 @@ class OpenAIProvider:
         """The answer in a complete *body*. Raises what ``classify`` says for a failure, under whatever status."""
         if not 200 <= status < 300:
             raise self.classify(request, status, headers, body)
+        if (other := self._other(request)) is not None:
+            return other.decode(request, status, headers, body)
         try:
             reply = _decode(body)
         except UNREADABLE:
@@ -279,13 +208,27 @@ class OpenAIProvider:
             raise self.broken_off(request, choice.finish_reason, headers, body)
         words = choice.message or _Words()
         reason = STOP_REASON.get(choice.finish_reason or "", StopReason.UNKNOWN)
+        text = _text(words.content)
+        content: tuple[Part, ...] = ()
+        if words.tool_calls:
+            calls = Calls()
+            for each in words.tool_calls:
+                calls.add(each, whole=True)
+            if calls.name(0) == self.format_tool(request):
+                text, reason = calls.parts()[0].arguments, StopReason.STOP
+            else:
+                content = _content(words, text, calls)
+                if reason is StopReason.STOP:
+                    # As Gemini says of tool calls too.
+                    reason = StopReason.TOOL_CALLS
         return LLMResponse(
-            text=_text(words.content),
+            text=text,
             model=reply.model or request.model,
             usage=_usage(reply.usage) if reply.usage is not None else Usage(),
             stop_reason=StopReason.CONTENT_FILTER if words.refusal and reason is StopReason.STOP else reason,
             refusal=words.refusal or None,
             thinking=_thinking(words),
+            content=content,
             alternatives=tuple(_text(other.message.content) for other in reply.choices[1:] if other.message)
             if len(reply.choices) > 1
             else (),
@@ -295,66 +238,36 @@ class OpenAIProvider:
             body=body,
         )
 
-    def stream_decoder(self, request: Request) -> OpenAIStream:
+    def stream_decoder(self, request: Request) -> OpenAIStream | ResponsesStream:
+        if (other := self._other(request)) is not None:
+            return other.stream_decoder(request)
         return OpenAIStream(self, request, custom=self._custom)
 
-    def classify(self, request: Request, status: int, headers: Headers, body: bytes) -> LLMException:
-        """The error that *body* means under *status*; of a status 2xx, the error the body tells of."""
-        said = read_error_body(body)
-        if status < 300:
-            if not said.is_error:
-                return unreadable(
-                    f"status {status} and a body that is no completion", body, provider=self.name, model=request.model
-                )
-            status = _status(said)
-        error = ERROR_BY_CODE.get(said.code) or ERROR_BY_CODE.get(said.type) or error_for_status(status)
-        if status == 404 and error is LLMInvalidRequestError and said.structured and request.model in said.message:
-            # Compatible servers have no code for it; a wrong path does not know the model's name.
-            error = LLMModelNotFoundError
-        hint = ""
-        if error is LLMModelNotFoundError:
-            gone = self._vendor.retirement(request.model)
-            hint = f"the vendor's date for its retirement is {gone.on}; use {gone.use}" if gone else ""
-        return build_error(
-            error,
-            said,
-            provider=self.name,
-            model=request.model,
-            status=status,
-            headers=headers,
-            body=body,
-            code=said.code or said.type or None,
-            request_id=headers.get("x-request-id") or said.request_id,
-            obey_retry=not self._custom,
-            hint=hint,
-        )
-
-    def limits(self, headers: Headers) -> ObservedLimits | None:
-        """The ``x-ratelimit-*`` headers; their resets are durations. ``tokens`` is input and output together.
-
-        Of the organisation's tokens and the project's, which are limits of their own, the one with less left is told.
-        """
-        requests, tokens, of_project = (_limit(headers, names) for names in _LIMIT_HEADERS)
-        if of_project is not None and (tokens is None or _left(of_project) < _left(tokens)):
-            tokens = of_project
-        named = owners(headers.get("openai-organization"), None, headers.get("openai-project"))
-        if requests is None and tokens is None and not named:
+    def _other(self, request: Request, family: Family | None = None) -> OpenAIResponses | None:
+        """The Responses API, if *request* is one that Chat Completions refuses, or that goes on with its items."""
+        other, options = self._responses, request.options
+        if other is None:
             return None
-        return ObservedLimits(requests=requests, tokens=tokens, owners=named)
+        if options.tools is not None:
+            family = family or self._families.get(request.model) or self._learn(request.model)
+            if family.chat_tools == "never":
+                return other
+            if family.chat_tools == "at_no_effort":
+                effort = options.reasoning or self._effort({}, options, family)
+                if effort != "none":
+                    return other
+        for message in request.messages:
+            if not isinstance(message.content, str) and has_items(message.content):
+                return other
+        return None
 
-    def group(self, model: str) -> str:
-        """The configured group of *model*, or the model of which it is a dated snapshot."""
-        return self._groups[model]
+    def format_tool(self, request: Request) -> str | None:
+        """The name of the tool that stands for the answer's form, None if none does."""
+        wanted = request.options.output_format
+        return wanted.name if wanted is not None and self._formats(request.model) == "tool" else None
 
-    def probe(self, key: str) -> HTTPRequest:
-        """The list of models: free, and refused like any other request if the key is."""
-        headers = {"accept": "application/json", "authorization": f"Bearer {key}", **self._extra_headers}
-        return HTTPRequest("GET", self._probe_url, headers)
-
-    def replacement(self, model: str) -> str | None:
-        """The successor of a model that had retired when ``models.toml`` was last checked."""
-        gone = None if self._custom else self._vendor.retirement(model)
-        return gone.use if gone is not None and gone.on <= catalog().as_of else None
+    def _formats(self, model: str) -> str:
+        return "native" if self._custom else self._vendor.family(model).formats
 
     def broken_off(self, request: Request, reason: str | None, headers: Headers, body: bytes) -> LLMException:
         """The server gave up in the midst of an answer: its own error if it names one."""
@@ -371,15 +284,6 @@ class OpenAIProvider:
             body=body[:MAX_BODY],
         )
 
-    def _learn(self, model: str) -> Family:
-        """The rules for *model*, remembered; none are known under a custom address."""
-        family = _ANY if self._custom else self._vendor.family(model)
-        if len(self._families) >= 256:
-            # Names may come from the application's own users.
-            self._families.clear()
-        self._families[model] = family
-        return family
-
     def _ask(self, body: dict[str, Any], request: Request, family: Family) -> tuple[str, ...]:
         """Put what the options ask into *body*; the names of the hints that the model refuses."""
         options = request.options
@@ -390,12 +294,16 @@ class OpenAIProvider:
                 provider=self.name,
                 model=request.model,
             )
+        refuse = Refuse(self.name, request.model)
+        ask_for_tools(body, options)
+        if options.reasoning is not None:
+            body["reasoning_effort"] = self._word(options.reasoning, family.efforts, refuse)
+        if options.output_format is not None:
+            ask_for_format(body, options.output_format, self._formats(request.model), refuse=refuse)
         refused = self._refused | family.refuses
-        if family.free_at_effort is not None:
-            effort = (self._extra_body | (options.extra_body or {})).get("reasoning_effort") or family.default_effort
-            if effort == family.free_at_effort:
-                refused = self._refused
-        strict = options.unsupported == "raise" if options.unsupported is not None else self._strict
+        if family.free_at_effort is not None and self._effort(body, options, family) == family.free_at_effort:
+            refused = self._refused
+        strict = self._is_strict(options)
         dropped = leave_out(wishes, refused, strict=strict, provider=self.name, model=request.model)
         stop = options.stop
         if not self._custom and isinstance(stop, tuple) and len(stop) > _STOPS:
@@ -407,11 +315,6 @@ class OpenAIProvider:
         body.update(wishes)
         return dropped
 
-    def _merge_headers(self, headers: dict[str, str], extra: dict[str, str] | None) -> None:
-        headers.update(self._extra_headers)
-        if extra:
-            headers.update({name.lower(): value for name, value in extra.items()})
-
 
 class OpenAIStream(EventStream):
     """Decodes one streamed completion. It implements ``providers.base.StreamDecoder``.
@@ -419,7 +322,7 @@ class OpenAIStream(EventStream):
     The last chunk comes with ``[DONE]``, because the usage arrives after the stop reason.
     """
 
-    __slots__ = ("_broken_off", "_custom", "_refused")
+    __slots__ = ("_broken_off", "_calls", "_custom", "_format", "_refused", "_thought", "_thought_as")
 
     terminal = "[DONE]"
 
@@ -428,6 +331,10 @@ class OpenAIStream(EventStream):
         self._broken_off = provider.broken_off
         self._custom = custom
         self._refused = False
+        self._calls = Calls()
+        self._format = provider.format_tool(request)
+        self._thought: list[str] = []
+        self._thought_as = ""
 
     def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
         # This loop runs for every token of every stream: what does not change is looked up once.
@@ -461,7 +368,8 @@ class OpenAIStream(EventStream):
                 delta = choice.delta
                 if delta is not None:
                     text = delta.content
-                    if type(text) is str and delta.reasoning_content is delta.reasoning is delta.refusal is None:
+                    unthought = delta.reasoning_content is delta.reasoning is None
+                    if type(text) is str and unthought and delta.refusal is None and not delta.tool_calls:
                         # Text and nothing else: what nearly every event of a stream is.
                         if text:
                             self._content = True
@@ -504,6 +412,9 @@ class OpenAIStream(EventStream):
         if thinking:
             self._content = True
             chunks.append(StreamChunk("", thinking))
+            if delta.reasoning_content or delta.reasoning:
+                self._thought.append(thinking)
+                self._thought_as = "reasoning_content" if delta.reasoning_content else "reasoning"
         if delta.content:
             text = _text(delta.content)
             if text:
@@ -512,23 +423,49 @@ class OpenAIStream(EventStream):
         if delta.refusal:
             chunks.append(StreamChunk("", "", delta.refusal))
             self._content = self._refused = True
+        for call in delta.tool_calls or ():
+            piece = self._calls.add(call)
+            self._content = True
+            if self._calls.name(piece.index) != self._format:
+                chunks.append(StreamChunk(tool_call=piece))
+            elif piece.arguments:
+                chunks.append(StreamChunk(piece.arguments))
 
     def _finish(self, chunks: list[StreamChunk]) -> None:
         reason = self.stop_reason or StopReason.UNKNOWN
         if self._refused and reason is StopReason.STOP:
             reason = StopReason.CONTENT_FILTER
+        if self._calls:
+            reason = self._hand_out_calls(reason, chunks)
         self.stop_reason = reason
         self.done = True
         chunks.append(StreamChunk(stop_reason=reason, usage=self.usage))
 
+    def _hand_out_calls(self, reason: StopReason, chunks: list[StreamChunk]) -> StopReason:
+        """The calls are complete; what the answer stopped for, with them."""
+        if self._calls.name(0) == self._format:
+            return StopReason.STOP
+        if self._thought:
+            chunks.append(StreamChunk(part=_thought("".join(self._thought), self._thought_as)))
+        chunks += [StreamChunk(part=call) for call in self._calls.parts()]
+        # Gemini says of tool calls too that it has stopped.
+        return StopReason.TOOL_CALLS if reason is StopReason.STOP else reason
 
-_ANY: Final = Family(token_field="max_tokens", system_role="system")
-"""What is known of a model under a custom address: nothing."""
+
+def _content(words: _Words, text: str, calls: Calls) -> tuple[Part, ...]:
+    """The parts of an answer that calls tools."""
+    found: list[Part] = []
+    if words.reasoning_content or words.reasoning:
+        name = "reasoning_content" if words.reasoning_content else "reasoning"
+        found.append(_thought(words.reasoning_content or words.reasoning or "", name))
+    if text:
+        found.append(Text(text))
+    return (*found, *calls.parts())
 
 
-def _renamed(messages: tuple[Message, ...], role: str) -> list[object]:
-    """*messages* with the system's role by the name its model has for it."""
-    return [{"role": role, "content": m.content} if m.role == _SYSTEM else m for m in messages]
+def _thought(text: str, name: str) -> Thinking:
+    """Thinking under the *name* in which the server wrote it, and wants it back."""
+    return Thinking(text, msgspec.json.encode({name: text}), DIALECT)
 
 
 def _text(content: str | list[_Part] | None) -> str:
@@ -564,25 +501,3 @@ def _usage(usage: _Usage) -> Usage:
         cache_write_tokens=(before.cache_write_tokens or 0) if before is not None else 0,
         reasoning_tokens=(after.reasoning_tokens or 0) if after is not None else 0,
     )
-
-
-def _status(said: ErrorBody) -> int:
-    """The status of an error that came under 200. OpenRouter and Gemini give it as the code."""
-    code = whole_number(said.code)
-    if code is not None and 400 <= code < 600:
-        return code
-    return STATUS_BY_TYPE.get(said.code) or STATUS_BY_TYPE.get(said.type, 500)
-
-
-def _limit(headers: Headers, names: tuple[str, str, str]) -> LimitState | None:
-    of_limit, of_remaining, of_reset = names
-    text = headers.get(of_limit)
-    limit, remaining = count(text), count(headers.get(of_remaining))
-    # A limit that is no number (Azure: -1) makes "0 remaining" no fact either.
-    if limit is None and (text is not None or remaining is None):
-        return None
-    return LimitState(limit, remaining, seconds(headers.get(of_reset)))
-
-
-def _left(state: LimitState) -> float:
-    return inf if state.remaining is None else state.remaining
