@@ -3,13 +3,15 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits soak coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits wire soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
 # Which one `make test-python` adds.
 VERSION ?= 3.13
 BIN := .venv/bin
+# The folder of the vendors' specifications, openai.yml and anthropic.yaml, which are not part of the project.
+SPECS ?=
 # How many processes share the tests, file by file, beginning with those that mostly wait (tests/conftest.py).
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -90,6 +92,9 @@ quota: setup  ## how much of the quota is used and how often a vendor says no, i
 
 limits: setup  ## what keeping the limits costs: the ledger, the layer, the wait answer, memory, those who wait
 	$(BIN)/python bench/limits.py
+
+wire: setup  ## whether what is sent and read is what the vendors specify: make wire SPECS=folder (needs npm)
+	$(BIN)/python bench/wire.py "$(SPECS)"
 
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py

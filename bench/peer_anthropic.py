@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import peer
-from anthropic import AsyncAnthropic  # type: ignore[import-not-found]  # installed in this peer's environment alone
+from anthropic import AsyncAnthropic
 
 REQUEST: dict[str, Any] = {
     "model": "claude-haiku-5-5",

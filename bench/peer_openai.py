@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import peer
-from openai import AsyncOpenAI  # type: ignore[import-not-found]  # installed in this peer's environment alone
+from openai import AsyncOpenAI
 
 MESSAGES: Any = [{"role": "user", "content": peer.PROMPT}]
 
@@ -21,7 +21,8 @@ async def connect(root: str) -> AsyncIterator[tuple[peer.Whole, peer.Burst]]:
 
         async def whole() -> tuple[str, int]:
             reply = await client.chat.completions.create(model=peer.MODEL, messages=MESSAGES)
-            return reply.choices[0].message.content, reply.usage.completion_tokens
+            usage = reply.usage
+            return reply.choices[0].message.content or "", usage.completion_tokens if usage is not None else 0
 
         async def burst() -> int:
             stream = await streamer.chat.completions.create(

@@ -73,7 +73,7 @@ class ParrotProvider:
         self.url = settings.base_url or "http://parrot.test"
 
     def encode(self, request: Request, key: str) -> Encoded:
-        body = request.messages[-1].content.encode()
+        body = request.messages[-1].text.encode()
         return Encoded(HTTPRequest("POST", f"{self.url}/{request.model}", {"x-seed": key}, body))
 
     def decode(self, request: Request, status: int, headers: Mapping[str, str], body: bytes) -> LLMResponse:

@@ -143,7 +143,7 @@ def answer(input_tokens: int = 0, output_tokens: int = 0) -> LLMResponse:
 
 
 def a_quarter_of_the_bytes(request: Request) -> int:
-    return sum(4 + len(message.content.encode()) // 4 for message in request.messages)
+    return sum(4 + len(message.text.encode()) // 4 for message in request.messages)
 
 
 class Counted(TokenEstimator):

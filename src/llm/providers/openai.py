@@ -173,7 +173,11 @@ class OpenAIProvider(OpenAIBase):
         for message in messages:
             if (renames and message.role is _SYSTEM) or message.cache or type(message.content) is not str:
                 body["messages"] = wire_messages(
-                    messages, family.system_role, marks=family.cache_marks, refuse=Refuse(self.name, model)
+                    messages,
+                    family.system_role,
+                    marks=family.cache_marks,
+                    custom=self._custom,
+                    refuse=Refuse(self.name, model),
                 )
                 break
         if options.max_tokens is not None:

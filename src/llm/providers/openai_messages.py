@@ -20,7 +20,9 @@ _SYSTEM: Final = MessageRole.SYSTEM
 _WORDS: Final = frozenset(("auto", "required", "none"))
 
 
-def wire_messages(messages: Sequence[Message], system_role: str, *, marks: bool, refuse: Refuse) -> list[object]:
+def wire_messages(
+    messages: Sequence[Message], system_role: str, *, marks: bool, custom: bool, refuse: Refuse
+) -> list[object]:
     """*messages* as the vendor writes them. *marks* says whether it takes marks of what is to be cached."""
     found: list[object] = []
     for message in messages:
@@ -29,7 +31,7 @@ def wire_messages(messages: Sequence[Message], system_role: str, *, marks: bool,
         if message.role is MessageRole.TOOL and not isinstance(content, str):
             found += [_result(part, refuse) for part in content if isinstance(part, ToolResult)]
         elif message.role is MessageRole.ASSISTANT and not isinstance(content, str):
-            found.append(_answer(content))
+            found.append(_answer(content, custom=custom))
         elif isinstance(content, str) and not (message.cache and marks):
             found.append(message if role == message.role and not message.cache else {"role": role, "content": content})
         else:
@@ -83,7 +85,7 @@ def _tool(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _answer(content: Sequence[Part]) -> dict[str, Any]:
+def _answer(content: Sequence[Part], *, custom: bool) -> dict[str, Any]:
     """An assistant's turn: its words in one, its calls beside them."""
     words: list[Any] = []
     calls = []
@@ -96,8 +98,6 @@ def _answer(content: Sequence[Part]) -> dict[str, Any]:
                 words.append({"type": "refusal", "refusal": part.text})
             case ToolCall():
                 calls.append(_call(part))
-            case Thinking() if part.dialect == DIALECT and part.raw:
-                found |= msgspec.json.decode(part.raw)
     if len(words) == 1 and words[0]["type"] == "text":
         found["content"] = words[0]["text"]
     elif words:
@@ -106,10 +106,11 @@ def _answer(content: Sequence[Part]) -> dict[str, Any]:
         found["content"] = ""
     if calls:
         found["tool_calls"] = calls
-    else:
-        # DeepSeek wants its thinking back with its calls alone, and others refuse it.
-        for name in ("reasoning_content", "reasoning"):
-            found.pop(name, None)
+        if custom:
+            # DeepSeek wants its thinking back, with its calls alone; the vendor itself has no word for it.
+            for part in content:
+                if isinstance(part, Thinking) and part.dialect == DIALECT and part.raw:
+                    found |= msgspec.json.decode(part.raw)
     return found
 
 
