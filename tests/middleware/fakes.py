@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from math import inf
 from typing import Any
 
@@ -66,10 +66,12 @@ class FakePool:
     def route(self, model: str | None) -> tuple[FakeKey, ...]:
         return self.keys if model is None else tuple(key for key in self.keys if key.model in (None, model))
 
-    def rotation(self, route: Sequence[PoolKey]) -> Iterator[PoolKey]:
+    def rotation(self, route: Sequence[PoolKey]) -> Sequence[PoolKey]:
         self.looked_at += 1
-        yield from (key for key in route if key.ref.number > self._next)
-        yield from (key for key in route if key.ref.number <= self._next)
+        return (
+            *(key for key in route if key.ref.number > self._next),
+            *(key for key in route if key.ref.number <= self._next),
+        )
 
     def lease(self, key: PoolKey) -> FakeLease | None:
         assert isinstance(key, FakeKey)

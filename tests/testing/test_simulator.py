@@ -54,7 +54,7 @@ async def test_a_message_is_answered_in_the_words_of_anthropic(client: Client) -
     body = reply.json()
     assert reply.status == 200
     assert body["type"] == "message"
-    assert body["content"] == [{"type": "text", "text": ECHO}]
+    assert body["content"] == [{"type": "text", "text": ECHO, "citations": None}]
     assert body["stop_reason"] == "end_turn"
     assert body["usage"]["input_tokens"] == 10
     assert body["usage"]["output_tokens"] == 7

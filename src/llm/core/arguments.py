@@ -11,7 +11,8 @@ import msgspec
 
 from .content import Document, Image, Opaque, Refusal, Text, Thinking, ToolCall, ToolResult
 from .exceptions import LLMInvalidRequestError
-from .tools import Tool, tool_of
+from .toolmaking import tool_of
+from .tools import Tool
 from .types import CallOptions, Message, MessageRole, Options, Priority
 
 NO_OPTIONS: Final = Options()
@@ -131,7 +132,7 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
         if name in merged and merged[name] is None:
             del merged[name]
     if merged.get("tools") is not None:
-        merged["tools"] = _read_tools(merged["tools"])
+        merged["tools"] = read_tools(merged["tools"])
     try:
         result = msgspec.convert(merged, Options)
     except msgspec.ValidationError as error:
@@ -156,7 +157,7 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
     return result
 
 
-def _read_tools(tools: Any) -> tuple[Tool, ...] | None:
+def read_tools(tools: Any) -> tuple[Tool, ...] | None:
     if isinstance(tools, (str, Mapping, Tool)) or not hasattr(tools, "__iter__"):
         raise LLMInvalidRequestError(f"tools: expected a list of tools, got {type(tools).__name__}: put it in a list")
     found: dict[str, Tool] = {}

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Self, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 from ..middleware.base import Call, Handler, Reply
 from ..utils.clock import Clock
-from .arguments import read_messages, read_options
+from .arguments import read_messages, read_options, read_tools
 from .events import CallFinished, CallStarted, Events
 from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
 from .stream import ResponseStream
+from .structured import growing, misfit, parse, read, shape_for
+from .tool_loop import Approve, OnRound, ToolRun, run_tools
 from .types import (
     CallOptions,
     Estimate,
@@ -25,6 +28,7 @@ from .types import (
     Usage,
 )
 
+T = TypeVar("T")
 NO_USAGE = Usage()
 
 
@@ -208,6 +212,89 @@ class LLMClient:
         """
         request = Request(read_messages(messages), "", read_options(self._defaults, options), True)
         return StreamingCall(self._pipeline, request, model or self.model)
+
+    async def run_tools(
+        self,
+        messages: Sequence[Message] | str,
+        *,
+        max_rounds: int = 10,
+        tool_timeout: float | None = None,
+        max_concurrency: int = 8,
+        approve: Approve | None = None,
+        on_round: OnRound | None = None,
+        model: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> ToolRun:
+        """Ask, run the ``tools`` that the model asks for, tell it the results, until it answers.
+
+        Plain functions run in a thread, coroutine functions on the loop, at most *max_concurrency* at a time. An error
+        in one, or more than *tool_timeout* seconds, is told to the model. *approve* sees each call first: False, or a
+        reason, refuses it. *on_round* sees each answer. ``timeout`` (seconds) holds over all rounds together.
+
+        Raises:
+            LLMDeadlineExceededError: ``timeout`` has passed.
+            LLMException: as ``complete`` does, of any round.
+        """
+        asked: CallOptions = {**self._defaults, **options}
+        return await run_tools(
+            partial(self.complete, model=model),
+            read_messages(messages),
+            read_tools(asked.get("tools") or ()) or (),
+            clock=self._pipeline.clock,
+            max_rounds=max_rounds,
+            tool_timeout=tool_timeout,
+            max_concurrency=max_concurrency,
+            approve=approve,
+            on_round=on_round,
+            options=asked,
+        )
+
+    async def parse(
+        self,
+        messages: Sequence[Message] | str,
+        into: type[T] | Mapping[str, Any],
+        *,
+        repairs: int = 1,
+        model: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> T:
+        """The answer as a value of *into*: a pydantic model, a msgspec Struct, a dataclass, a TypedDict, a JSON schema.
+
+        The vendor is asked to keep to the schema, with its own means where it has some. An answer that does not fit is
+        sent back with what is wrong, at most *repairs* times; each is a call that pays for itself.
+
+        Raises:
+            LLMProtocolError: no answer fits; ``partial`` is the last one.
+            LLMContentFilteredError: the model declined.
+            LLMException: as ``complete`` does.
+        """
+        return await parse(
+            partial(self.complete, model=model), read_messages(messages), into, repairs=repairs, options=options
+        )
+
+    async def stream_parse(
+        self,
+        messages: Sequence[Message] | str,
+        into: type[T] | Mapping[str, Any],
+        *,
+        model: str | None = None,
+        **options: Unpack[CallOptions],
+    ) -> AsyncIterator[T | dict[str, Any]]:
+        """The answer's value as it grows: what has come of it as plain JSON values, and at last a value of *into*.
+
+        Raises as ``parse`` does; nothing is repaired.
+        """
+        shape, wanted = shape_for(into)
+        asked: CallOptions = {**options, "output_format": wanted}
+        async with self.stream_complete(messages, model=model, **asked) as stream:
+            async for value in growing(stream):
+                yield value
+            response = stream.response()
+        try:
+            found = read(shape, response)
+        except ValueError as error:
+            raise misfit(response, str(error)) from None
+        yield found
 
     async def estimate(
         self, messages: Sequence[Message] | str, *, model: str | None = None, **options: Unpack[CallOptions]

@@ -7,11 +7,13 @@ from typing import Any
 
 import msgspec
 
-from .exceptions import LLMInvalidRequestError
-
 
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
-    """A function the model may ask to have called: its name, what it is for, and a JSON schema of its arguments."""
+    """A function the model may ask to have called: its name, what it is for, and a JSON schema of its arguments.
+
+    Seldom written by hand: wherever tools are asked for, a Python function will do, a type whose fields are the
+    arguments, or a tool in a vendor's own words.
+    """
 
     name: str
     description: str = ""
@@ -22,15 +24,4 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     cache: bool = False
     """Ask the vendor to keep all tools up to this one (``Message.cache`` explains it)."""
     run: Callable[..., Any] | None = None
-    """What ``run_tools`` calls with the arguments; it may be a coroutine function."""
-
-
-def tool_of(value: object) -> Tool:
-    """*value* as a tool.
-
-    Raises:
-        LLMInvalidRequestError: it is none.
-    """
-    if isinstance(value, Tool):
-        return value
-    raise LLMInvalidRequestError(f"expected a Tool, got {type(value).__name__}")
+    """What ``run_tools`` calls with the arguments; it may be a coroutine function. A tool without one ends the run."""

@@ -88,7 +88,7 @@ class KeyPool(Protocol):
         """The keys that could take a call for *model*, in the order of the configuration."""
         ...
 
-    def rotation(self, route: Sequence[PoolKey]) -> Iterable[PoolKey]:
+    def rotation(self, route: Sequence[PoolKey]) -> Sequence[PoolKey]:
         """*route* in the order in which its keys should be tried now."""
         ...
 

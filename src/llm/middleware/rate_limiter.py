@@ -641,28 +641,30 @@ class RateLimitMiddleware:
             favourite = self._affinities.get(affinity)
             if favourite is not None and favourite in route:
                 keys = (favourite, *(key for key in keys if key is not favourite))
-        for key in keys:
-            if key.available_at > now:
-                continue
-            name = model or key.model or self._pool.default_model or ""
-            quota = self._quota_of.get((key, name)) or self.quota(key, name)
-            if claimed and quota in claimed:
-                continue
-            if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
-                self._pull(quota, name, now)
-            cost, variance = self._appraiser.cost(need, name, quota.counting)
-            if beside is not None and not quota.leaves_room(beside, cost, now=now):
-                continue
-            reservation = quota.reserve(cost, now=now, variance=variance)
-            if reservation is None:
-                continue
-            lease = self._pool.lease(key)
-            if lease is None:
-                quota.settle(reservation, NOTHING, now=now)
-                return _Blocked.BY_CLIENTS
-            if affinity and favourite is not key:
-                self._remember(affinity, key)
-            return _new(_Grant, (key, name, quota, lease, reservation, cost))
+        # Among several, one that has room goes before one that can only promise it.
+        for sure in (True, False) if len(keys) > 1 else (False,):
+            for key in keys:
+                if key.available_at > now:
+                    continue
+                name = model or key.model or self._pool.default_model or ""
+                quota = self._quota_of.get((key, name)) or self.quota(key, name)
+                if claimed and quota in claimed:
+                    continue
+                if quota.streams and now >= quota.pulled_at + PULL_SECONDS:
+                    self._pull(quota, name, now)
+                cost, variance = self._appraiser.cost(need, name, quota.counting)
+                if beside is not None and not quota.leaves_room(beside, cost, now=now):
+                    continue
+                reservation = quota.reserve(cost, now=now, variance=variance, sure=sure)
+                if reservation is None:
+                    continue
+                lease = self._pool.lease(key)
+                if lease is None:
+                    quota.settle(reservation, NOTHING, now=now)
+                    return _Blocked.BY_CLIENTS
+                if affinity and favourite is not key:
+                    self._remember(affinity, key)
+                return _new(_Grant, (key, name, quota, lease, reservation, cost))
         return _Blocked.BY_LIMITS
 
     def _remember(self, affinity: int, key: PoolKey) -> None:

@@ -53,6 +53,7 @@ from .anthropic_messages import (
     ask_for_format,
     ask_for_thinking,
     ask_for_tools,
+    how_to_format,
     wire_messages,
     wire_system,
 )
@@ -413,9 +414,10 @@ class AnthropicProvider:
     def format_tool(self, request: Request) -> str | None:
         """The name of the tool that stands for the answer's form, None if none does."""
         wanted = request.options.output_format
-        if wanted is None or self._custom or self._vendor.family(request.model).formats == "native":
+        if wanted is None:
             return None
-        return wanted.name
+        family = self._families.get(request.model) or self._learn(request.model)
+        return wanted.name if how_to_format(wanted, family, custom=self._custom) == "tool" else None
 
     def _learn(self, model: str) -> Family:
         """The rules for *model*, remembered; none are known under a custom address."""
@@ -440,7 +442,8 @@ class AnthropicProvider:
         if ask_for_thinking(body, options, family, custom=custom, refuse=refuse) and not custom:
             refused |= _SAMPLING
         if options.output_format is not None:
-            ask_for_format(body, options.output_format, family, custom=custom, refuse=refuse)
+            how = how_to_format(options.output_format, family, custom=custom)
+            ask_for_format(body, options.output_format, how, refuse=refuse)
         if options.cache:
             body["cache_control"] = CACHE
         if family.temperature_or_top_p and "temperature" in wishes:

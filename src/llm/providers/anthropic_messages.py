@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
 from ..core.content import Document, Image, Opaque, Part, Refusal, Text, Thinking, ToolCall, ToolResult
 from ..core.tools import Tool
 from ..core.types import Message, MessageRole, Options, OutputFormat
-from .catalog import Family, Refuse, effort_for
+from .catalog import Family, Refuse, effort_for, in_words
 
 DIALECT: Final = "anthropic"
 CACHE: Final = {"type": "ephemeral"}
@@ -96,17 +96,28 @@ def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, 
     return True
 
 
-def ask_for_format(body: dict[str, Any], wanted: OutputFormat, family: Family, *, custom: bool, refuse: Refuse) -> None:
-    """Put the answer's form into *body*: natively, or as a tool that must be called."""
-    if custom or family.formats == "native":
+def how_to_format(wanted: OutputFormat, family: Family, *, custom: bool) -> Literal["native", "tool", "prompt"]:
+    """How an answer is kept to its form. The vendor's own way takes strict schemas alone."""
+    if wanted.strict and (custom or family.formats == "native"):
+        return "native"
+    return "tool" if custom or family.forced_tools else "prompt"
+
+
+def ask_for_format(body: dict[str, Any], wanted: OutputFormat, how: str, *, refuse: Refuse) -> None:
+    """Put the answer's form into *body*: natively, as a tool that must be called, or in words."""
+    if how == "native":
         body.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": wanted.schema}
-        return
-    if "tools" in body:
-        raise refuse("output_format", wanted.name, "it cannot be given tools and a format at once")
-    if body.get("thinking", {}).get("type") == "enabled":
-        raise refuse("output_format", wanted.name, "it cannot think and keep to a format at once; leave reasoning out")
-    body["tools"] = [_tool(wanted.name, wanted.schema, "Give the answer by calling this tool.")]
-    body["tool_choice"] = {"type": "tool", "name": wanted.name}
+    elif how == "tool" and "tools" not in body and body.get("thinking", {}).get("type") != "enabled":
+        body["tools"] = [_tool(wanted.name, wanted.schema, "Give the answer by calling this tool.")]
+        body["tool_choice"] = {"type": "tool", "name": wanted.name}
+    elif how == "tool":
+        raise refuse("output_format", wanted.name, "it cannot keep to a form and have tools, or think by a budget")
+    else:
+        said = body.get("system", "")
+        words = in_words(wanted)
+        body["system"] = (
+            [*said, {"type": "text", "text": words}] if isinstance(said, list) else f"{said}\n\n{words}".strip()
+        )
 
 
 def _budget(tokens: int, most: int, wish: object, refuse: Refuse) -> int:

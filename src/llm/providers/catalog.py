@@ -14,7 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from ..core.exceptions import LLMInvalidRequestError
-from ..core.types import Options
+from ..core.types import Options, OutputFormat
 
 HINTS: Final = frozenset(("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed"))
 """Options that colour an answer. A model that refuses one is asked without it; everything else changes the question."""
@@ -145,6 +145,12 @@ def effort_for(wish: str, known: Sequence[str]) -> str:
     known = sorted((word for word in known if word != "none"), key=EFFORTS.index)
     lower = [word for word in known if EFFORTS.index(word) <= EFFORTS.index(wish)]
     return lower[-1] if lower else known[0]
+
+
+def in_words(wanted: OutputFormat) -> str:
+    """What a model is told that has neither formats nor tools."""
+    schema = msgspec.json.encode(wanted.schema).decode()
+    return f"Answer with JSON alone, without any words around it. It must fit this JSON schema:\n{schema}"
 
 
 def leave_out(

@@ -10,7 +10,7 @@ import msgspec
 from ..core.content import Document, Image, Opaque, Part, Refusal, Text, Thinking, ToolCall, ToolResult
 from ..core.tools import Tool
 from ..core.types import Message, MessageRole, Options, OutputFormat
-from .catalog import Refuse
+from .catalog import Refuse, in_words
 
 DIALECT: Final = "openai"
 CACHE: Final = {"mode": "explicit"}
@@ -68,12 +68,6 @@ def ask_for_format(body: dict[str, Any], wanted: OutputFormat, how: str, *, refu
         body["tool_choice"] = {"type": "function", "function": {"name": wanted.name}}
     else:
         body["messages"] = [{"role": "system", "content": in_words(wanted)}, *body["messages"]]
-
-
-def in_words(wanted: OutputFormat) -> str:
-    """What a model is told that has neither formats nor tools."""
-    schema = msgspec.json.encode(wanted.schema).decode()
-    return f"Answer with JSON alone, without any words around it. It must fit this JSON schema:\n{schema}"
 
 
 def _tool(tool: Tool) -> dict[str, Any]:

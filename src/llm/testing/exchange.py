@@ -15,16 +15,25 @@ from aiohttp import web
 
 from .faults import BODIES, Strike
 from .journal import Arrival
-from .wire import Answer, Dialect, Problem, Stop, text_of, tokenize
+from .saying import Block, Said, blocks_of, tokenize, unscripted
+from .wire import Answer, Dialect, Problem, Stop, text_of
 from .wire_anthropic import AnthropicWire
 from .wire_openai import OpenAIWire
+from .wire_responses import ResponsesWire
 
 if TYPE_CHECKING:
     from .simulator import Simulator
 
 ANTHROPIC: Dialect = AnthropicWire()
 OPENAI: Dialect = OpenAIWire()
-GENERATES: Mapping[str, Dialect] = {"/v1/messages": ANTHROPIC, "/v1/chat/completions": OPENAI}
+RESPONSES: Dialect = ResponsesWire()
+GENERATES: Mapping[str, Dialect] = {
+    "/v1/messages": ANTHROPIC,
+    "/v1/chat/completions": OPENAI,
+    "/v1/responses": RESPONSES,
+}
+COUNTS: Mapping[str, Dialect] = {"/v1/messages/count_tokens": ANTHROPIC, "/v1/responses/input_tokens": RESPONSES}
+CACHED_FROM = 1024  # tokens: shorter prompts are cached by no vendor
 MODELS = "/v1/models"
 DEFAULT_MODELS = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5", "gpt-6.1-sol", "gpt-6-luna")
 JSON = "application/json"
@@ -67,7 +76,7 @@ class Exchange:
             if strike.fault.act == "answer":
                 return await self._fail(strike)
         if answer is None:
-            return self._list_models()
+            return self._count() if self.arrival.path in COUNTS else self._list_models()
         latency = self._latency()
         if latency > 0:
             await asyncio.sleep(latency)
@@ -108,11 +117,11 @@ class Exchange:
         if problem is not None:
             self._count_refusal()
             return self._refuse(problem)
-        if body is None:
+        if body is None or arrival.path in COUNTS:
             return Verdict(None, self._draw(generates=False))
         answer = self._compose(body)
         most, _ = self.dialect.asked(body)
-        need = (arrival.input_tokens, len(answer.tokens) if most is None else most)
+        need = (arrival.input_tokens, answer.output_tokens if most is None else most)
         wait, dimension = self.account.wait(*need, arrival.time)
         if wait > 0:
             if self._count_refusal():
@@ -132,7 +141,8 @@ class Exchange:
         simulator, arrival = self._simulator, self.arrival
         problems = self.dialect.problems
         key = arrival.key
-        generates = arrival.path in GENERATES
+        counts = arrival.path in COUNTS
+        generates = arrival.path in GENERATES or counts
         body: Any = None
         problem: Problem | None = None
         if generates and arrival.method == "POST":
@@ -141,7 +151,8 @@ class Exchange:
             except (msgspec.DecodeError, UnicodeDecodeError):
                 problem = problems["invalid_json"]
             else:
-                problem = self.dialect.check(body, self._request.headers)
+                asked = {"max_tokens": 1} | body if counts and self.dialect is ANTHROPIC else body
+                problem = self.dialect.check(asked, self._request.headers)
         elif generates or arrival.method != "GET":
             problem = problems["method"] if generates or arrival.path == MODELS else problems["not_found"]
         elif arrival.path != MODELS and not arrival.path.startswith(MODELS + "/"):
@@ -175,31 +186,55 @@ class Exchange:
 
     def _compose(self, body: dict[str, Any]) -> Answer:
         settings = self._simulator.settings
+        said: Said | str | None
         if settings.reply is not None:
-            tokens = tokenize(settings.reply(body))
+            said = settings.reply(body)
         else:
-            tokens = _echo(body, settings.reply_words)
+            said = unscripted(self.dialect.wishes(body))
+            if said is None or (not said.text and not said.calls):
+                text = "".join(_echo(body, settings.reply_words))
+                said = text if said is None else Said(text, thinking=said.thinking)
+        blocks = blocks_of(Said(said) if isinstance(said, str) else said, self.arrival.sequence)
         most, stops = self.dialect.asked(body)
-        stop: Stop = "end"
+        stop: Stop = "tool_calls" if any(block.kind == "call" for block in blocks) else "end"
         stop_sequence = None
-        if stops:
-            text = "".join(tokens)
+        if stops and stop == "end":
+            text = "".join(block.text for block in blocks if block.kind == "text")
             found = min(((text.find(s), s) for s in stops if s in text), default=None)
             if found is not None:
-                tokens, stop, stop_sequence = tokenize(text[: found[0]]), "stop_sequence", found[1]
-        if most is not None and len(tokens) > most:
-            tokens, stop, stop_sequence = tokens[:most], "length", None
+                stop, stop_sequence = "stop_sequence", found[1]
+                kept = tuple(tokenize(text[: found[0]]))
+                blocks = (*(b for b in blocks if b.kind != "text"), *((Block("text", kept),) if kept else ()))
+        if most is not None and sum(len(block.tokens) for block in blocks) > most:
+            blocks, stop, stop_sequence = _cut(blocks, most), "length", None
         options = body.get("stream_options")
+        read, written = self._cached(body)
         return Answer(
             id=f"{self.arrival.sequence:024x}",
             created=int(time.time()),
             model=body["model"],
-            tokens=tuple(tokens),
+            blocks=blocks,
             stop=stop,
             stop_sequence=stop_sequence,
             input_tokens=self.arrival.input_tokens,
             include_usage=isinstance(options, dict) and bool(options.get("include_usage")),
+            cache_read=read,
+            cache_written=written,
         )
+
+    def _cached(self, body: dict[str, Any]) -> tuple[int, int]:
+        """Tokens of the prompt that were read from the key's cache, and that were written to it."""
+        prefix = self.dialect.prefix(body)
+        if prefix is None:
+            return 0, 0
+        text = msgspec.json.encode(prefix)
+        tokens = min(len(text) // 4, self.arrival.input_tokens)
+        if tokens < CACHED_FROM:
+            return 0, 0
+        known = self._simulator.cached.setdefault(self.arrival.key, set())
+        seen = hash(text) in known
+        known.add(hash(text))
+        return (tokens, 0) if seen else (0, tokens)
 
     def _latency(self) -> float:
         latency = self._simulator.settings.latency
@@ -277,11 +312,16 @@ class Exchange:
         body = self.dialect.model(wanted) if wanted else self.dialect.models(known)
         return web.Response(body=body, headers=self._headers(), content_type=JSON)
 
+    def _count(self) -> web.Response:
+        self.arrival.status = 200
+        body = self.dialect.counted(self.arrival.input_tokens)
+        return web.Response(body=body, headers=self._headers(), content_type=JSON)
+
     async def _complete(self, answer: Answer, strike: Strike | None) -> web.StreamResponse:
         speed = self._simulator.settings.tokens_per_second
-        if speed > 0 and answer.tokens:
-            await asyncio.sleep(len(answer.tokens) / speed)
-        self._produce(len(answer.tokens))
+        if speed > 0 and answer.blocks:
+            await asyncio.sleep(answer.output_tokens / speed)
+        self._produce(answer.output_tokens)
         self.arrival.status = 200
         body = self.dialect.complete(answer)
         if strike is None:
@@ -307,7 +347,7 @@ class Exchange:
         act = strike.fault.act if strike is not None else None
         at = -1
         if strike is not None and strike.fault.at in ("first", "middle"):
-            at = 0 if strike.fault.at == "first" else min(strike.deltas, len(answer.tokens))
+            at = 0 if strike.fault.at == "first" else min(strike.deltas, answer.output_tokens)
         opening, deltas, closing, terminal = self.dialect.stream(answer)
         response = web.StreamResponse(headers=self._headers() | {"cache-control": "no-cache"})
         response.content_type = "text/event-stream"
@@ -318,7 +358,8 @@ class Exchange:
             await response.write(pending.pop())
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        unpaid = 0
+        # What is thought is not shown by every vendor, and paid all the same.
+        unpaid = answer.output_tokens - len(deltas)
         for index in range(len(deltas) + 1):
             if index == at and strike is not None:
                 self._produce(unpaid)
@@ -415,10 +456,23 @@ class Exchange:
         raise AssertionError("unreachable")
 
 
+def _cut(blocks: tuple[Block, ...], most: int) -> tuple[Block, ...]:
+    """The first *most* tokens of *blocks*. A call that is cut is left out: its arguments would be no JSON."""
+    found: list[Block] = []
+    for block in blocks:
+        if len(block.tokens) <= most:
+            found.append(block)
+        elif block.kind != "call" and most:
+            found.append(msgspec.structs.replace(block, tokens=block.tokens[:most]))
+        most = max(0, most - len(block.tokens))
+    return tuple(found)
+
+
 def _echo(body: Mapping[str, Any], words: int | None) -> list[str]:
     """The default reply: the last user message, so that a test can recognise its own question."""
     last = ""
-    for message in reversed(body["messages"]):
+    asked = body.get("messages", body.get("input"))
+    for message in reversed([{"role": "user", "content": asked}] if isinstance(asked, str) else asked or []):
         if message.get("role") == "user":
             last = text_of(message.get("content"))
             break

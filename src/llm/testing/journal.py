@@ -24,7 +24,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     sequence: int
     time: float
     key: str
-    dialect: Literal["anthropic", "openai"]
+    dialect: Literal["anthropic", "openai", "openai_responses"]
     method: str
     path: str
     connection: int = 0  # the peer's port: equal for requests that reused a connection

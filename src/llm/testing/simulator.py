@@ -20,9 +20,10 @@ from typing import Any, Literal, Self, cast
 import msgspec
 from aiohttp import web
 
-from .exchange import ANTHROPIC, GENERATES, OPENAI, Exchange
+from .exchange import ANTHROPIC, COUNTS, GENERATES, OPENAI, Exchange
 from .faults import MEGABYTE, PROXY_PAGE, Chances, FaultPlan, Script, Strike
 from .journal import Arrival
+from .saying import Said
 from .window import Account, Limits
 from .wire import count_input
 
@@ -59,7 +60,9 @@ class SimulatorSettings(msgspec.Struct, frozen=True, kw_only=True):
     latency: float | tuple[float, float] = 0.0  # seconds to the first byte, or (median, spread) of a lognormal
     tokens_per_second: float = 0.0  # 0: all at once
     burst: bool = False  # write all events of a stream in one segment
-    reply: Callable[[dict[str, Any]], str] | None = None  # request body to text; None: an echo of the last user message
+    # Request body to text, or to text, thinking and tool calls; None: a call of the first tool, JSON by the schema that
+    # is asked for, or else an echo of the last user message.
+    reply: Callable[[dict[str, Any]], str | Said] | None = None
     reply_words: int | None = None  # the echo is repeated or cut to this many words
     count_input: Callable[[Mapping[str, Any]], int] = count_input
 
@@ -101,6 +104,7 @@ class Simulator:
         self.port = settings.port
         self.stalled_port = settings.stalled_port
         self.stalled: set[asyncio.Transport] = set()  # the connections that are open there
+        self.cached: dict[str, set[int]] = {}  # prompts in the vendor's cache, by key
         self.clock = clock or time.monotonic
         self.random = random or _seeded(settings.seed)
         self.record = record
@@ -267,7 +271,7 @@ class Simulator:
     def _arrive(self, request: web.BaseRequest) -> Exchange:
         headers = request.headers
         path = request.path
-        dialect = GENERATES.get(path) or (ANTHROPIC if "anthropic-version" in headers else OPENAI)
+        dialect = GENERATES.get(path) or COUNTS.get(path) or (ANTHROPIC if "anthropic-version" in headers else OPENAI)
         key = headers.get("x-api-key")
         if key is None:
             scheme, _, credentials = headers.get("authorization", "").partition(" ")

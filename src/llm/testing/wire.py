@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import msgspec
 
+from .saying import Block, Wishes
 from .window import Account
 
-Stop = Literal["end", "length", "stop_sequence"]
+Stop = Literal["end", "length", "stop_sequence", "tool_calls"]
+Name = Literal["anthropic", "openai", "openai_responses"]
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -25,22 +26,37 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What will be said, one string a token; joined they are the text."""
+    """What will be said, and what is told with it."""
 
     id: str
     created: int
     model: str
-    tokens: tuple[str, ...]
+    blocks: tuple[Block, ...]
     stop: Stop
     stop_sequence: str | None
     input_tokens: int
     include_usage: bool
+    cache_read: int = 0
+    cache_written: int = 0
+    """Parts of the input."""
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(len(block.tokens) for block in self.blocks)
+
+    @property
+    def thought_tokens(self) -> int:
+        return sum(len(block.tokens) for block in self.blocks if block.kind == "thinking")
+
+    @property
+    def text(self) -> str:
+        return "".join(block.text for block in self.blocks if block.kind == "text")
 
 
 class Dialect(Protocol):
     """How one vendor spells requests, answers, errors and limits."""
 
-    name: Literal["anthropic", "openai"]
+    name: Name
     counts_rejected: bool
     problems: Mapping[str, Problem]
 
@@ -52,10 +68,22 @@ class Dialect(Protocol):
         """The most output tokens and the stop sequences that the request allows."""
         ...
 
+    def wishes(self, body: dict[str, Any]) -> Wishes:
+        """What the request asks for beyond text."""
+        ...
+
+    def prefix(self, body: dict[str, Any]) -> Any:
+        """The part of the request that a prompt cache keeps, None if there is none."""
+        ...
+
     def complete(self, answer: Answer) -> bytes: ...
 
     def stream(self, answer: Answer) -> tuple[bytes, list[bytes], bytes, bytes]:
         """The opening, the deltas, the closing without its terminal event, and the terminal event."""
+        ...
+
+    def counted(self, tokens: int) -> bytes:
+        """The answer to a request that only wants to know how many tokens it has."""
         ...
 
     def error(self, problem: Problem, request_id: str) -> bytes: ...
@@ -81,17 +109,6 @@ class Dialect(Protocol):
     def model(self, model: str) -> bytes: ...
 
 
-_TOKEN = re.compile(r"\s*\S+")
-
-
-def tokenize(text: str) -> list[str]:
-    """Split text into the simulator's tokens: a word with the white space before it."""
-    tokens = _TOKEN.findall(text)
-    if tokens:
-        tokens[-1] += text[sum(map(len, tokens)) :]
-    return tokens
-
-
 def text_of(content: Any) -> str:
     """The text of a message's content, be it a string or a list of parts."""
     if isinstance(content, str):
@@ -104,12 +121,18 @@ def text_of(content: Any) -> str:
 def count_input(body: Mapping[str, Any]) -> int:
     """The simulator's input tokens: for each message ``ceil(bytes / 4) + 4``, the system prompt being one of them.
 
-    Bytes are those of the text in UTF-8; a part that is not text counts with its JSON.
+    Bytes are those of the text in UTF-8; a part that is not text, an item that is no message, and the tools count with
+    their JSON.
     """
     total = 0
-    contents = [m.get("content") for m in body.get("messages", ()) if isinstance(m, dict)]
-    if body.get("system"):
-        contents.append(body["system"])
+    asked = body.get("input", ()) if "input" in body else body.get("messages", ())
+    items = [{"content": asked}] if isinstance(asked, str) else asked
+    contents: list[Any] = [item.get("content", [item]) for item in items if isinstance(item, dict)]
+    for name in ("system", "instructions"):
+        if body.get(name):
+            contents.append(body[name])
+    if body.get("tools"):
+        contents.append(body["tools"])
     for content in contents:
         size = 0
         if isinstance(content, str):

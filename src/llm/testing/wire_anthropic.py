@@ -6,18 +6,52 @@ import hashlib
 import time
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from .saying import Block, Wishes, seal
 from .window import Account, Window
-from .wire import Answer, Problem, whole_seconds
+from .wire import Answer, Name, Problem, text_of, whole_seconds
 
-STOP_REASON = {"end": "end_turn", "length": "max_tokens", "stop_sequence": "stop_sequence"}
+STOP_REASON = {
+    "end": "end_turn",
+    "length": "max_tokens",
+    "stop_sequence": "stop_sequence",
+    "tool_calls": "tool_use",
+}
 VERSIONS = ("2023-06-01", "2026-10-21")
 ROLES = ("user", "assistant", "system")
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 TERMINAL = b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+
+BLOCKS: Mapping[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "image": ("source",),
+    "document": ("source",),
+    "thinking": ("thinking", "signature"),
+    "redacted_thinking": ("data",),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id",),
+    "server_tool_use": ("id", "name", "input"),
+    "web_search_tool_result": ("tool_use_id", "content"),
+}
+"""Kinds of blocks that are understood, and what each must have."""
+CUMULATIVE = (
+    "input_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "output_tokens",
+    "output_tokens_details",
+    "server_tool_use",
+)
+"""What the end of a stream tells of its usage, for the whole of it."""
+DELTA_HEAD = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":'
+DELTA: Mapping[str, bytes] = {
+    "text": b'"text_delta","text":%b',
+    "thinking": b'"thinking_delta","thinking":%b',
+    "call": b'"input_json_delta","partial_json":%b',
+}
 
 _json = msgspec.json.encode
 
@@ -25,7 +59,7 @@ _json = msgspec.json.encode
 class AnthropicWire:
     """The Messages dialect. `Dialect` says what each method is for."""
 
-    name: Literal["anthropic", "openai"] = "anthropic"
+    name: Name = "anthropic"
     counts_rejected = False
     problems: Mapping[str, Problem] = {
         "invalid_request": Problem(400, "invalid_request_error", "The simulator refuses this request."),
@@ -87,6 +121,8 @@ class AnthropicWire:
             value = body[field]
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= highest:
                 return _invalid(f"{field}: Input should be a number between 0 and {highest:g}")
+        if (problem := _check_content(messages) or _check_wishes(body)) is not None:
+            return problem
         stops = body.get("stop_sequences", [])
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
             return _invalid("stop_sequences: each stop sequence must be a non-empty string")
@@ -95,39 +131,82 @@ class AnthropicWire:
     def asked(self, body: dict[str, Any]) -> tuple[int | None, list[str]]:
         return body["max_tokens"], body.get("stop_sequences", [])
 
+    def wishes(self, body: dict[str, Any]) -> Wishes:
+        choice = body.get("tool_choice", {})
+        kind = choice.get("type", "auto")
+        last = body["messages"][-1]
+        results = [b for b in last.get("content", ()) if isinstance(b, dict) and b.get("type") == "tool_result"]
+        wanted = body.get("output_config", {}).get("format") or {}
+        return Wishes(
+            tools={tool["name"]: tool.get("input_schema", {}) for tool in body.get("tools", ())},
+            choice={"any": "required", "tool": choice.get("name", "")}.get(kind, kind),
+            results=tuple(text_of(result.get("content", "")) for result in results),
+            schema=wanted.get("schema"),
+            thinks=body.get("thinking", {}).get("type") in ("enabled", "adaptive"),
+        )
+
+    def prefix(self, body: dict[str, Any]) -> Any:
+        if "cache_control" in body:
+            return [body.get("tools"), body.get("system"), body["messages"]]
+        # Up to the last mark, in the order in which the vendor reads.
+        parts: list[Any] = [*body.get("tools", ())]
+        system = body.get("system", [])
+        parts += system if isinstance(system, list) else [system]
+        for message in body["messages"]:
+            content = message.get("content")
+            parts += content if isinstance(content, list) else [content]
+        marked = [at for at, part in enumerate(parts) if isinstance(part, dict) and "cache_control" in part]
+        return parts[: marked[-1] + 1] if marked else None
+
     def complete(self, answer: Answer) -> bytes:
         return _json(
             _message(answer)
             | {
-                "content": [{"type": "text", "text": "".join(answer.tokens)}] if answer.tokens else [],
+                "content": [_whole(block) for block in answer.blocks],
                 "stop_reason": STOP_REASON[answer.stop],
                 "stop_sequence": answer.stop_sequence,
-                "usage": _usage(answer.input_tokens, len(answer.tokens)),
+                "usage": _usage(answer, answer.output_tokens),
             }
         )
 
     def stream(self, answer: Answer) -> tuple[bytes, list[bytes], bytes, bytes]:
-        start = _message(answer) | {"usage": _usage(answer.input_tokens, min(1, len(answer.tokens)))}
+        start = _message(answer) | {"usage": _usage(answer, min(1, answer.output_tokens))}
         opening = _event({"type": "message_start", "message": start}) + PING
-        closing = b""
-        if answer.tokens:
-            opening += _event(
-                {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        deltas: list[bytes] = []
+        between = b""
+        for index, block in enumerate(answer.blocks):
+            begin = between + _event({"type": "content_block_start", "index": index, "content_block": _begun(block)})
+            if index == 0:
+                opening, begin = opening + begin, b""
+            head = (
+                b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,"delta":{"type":' % index
             )
-            closing += _event({"type": "content_block_stop", "index": 0})
-        deltas = [
-            b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
-            b'"delta":{"type":"text_delta","text":%b}}\n\n' % _json(token)
-            for token in answer.tokens
-        ]
-        closing += _event(
+            for token in block.tokens:
+                deltas.append(begin + head + DELTA[block.kind] % _json(token) + b"}}\n\n")
+                begin = b""
+            between = b""
+            if block.kind == "thinking":
+                signature = {"type": "signature_delta", "signature": seal(block.text)}
+                between = _event({"type": "content_block_delta", "index": index, "delta": signature})
+            between += _event({"type": "content_block_stop", "index": index})
+        closing = between + _event(
             {
                 "type": "message_delta",
-                "delta": {"stop_reason": STOP_REASON[answer.stop], "stop_sequence": answer.stop_sequence},
-                "usage": {"output_tokens": len(answer.tokens)},
+                "delta": {
+                    "stop_reason": STOP_REASON[answer.stop],
+                    "stop_sequence": answer.stop_sequence,
+                    "stop_details": None,
+                    "container": None,
+                },
+                "usage": {
+                    name: value for name, value in _usage(answer, answer.output_tokens).items() if name in CUMULATIVE
+                },
             }
         )
         return opening, deltas, closing, TERMINAL
+
+    def counted(self, tokens: int) -> bytes:
+        return _json({"input_tokens": tokens})
 
     def error(self, problem: Problem, request_id: str) -> bytes:
         error: dict[str, Any] = {"type": problem.type, "message": problem.message}
@@ -242,14 +321,94 @@ def _message(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _usage(input_tokens: int, output_tokens: int) -> dict[str, Any]:
+def _usage(answer: Answer, output_tokens: int) -> dict[str, Any]:
     return {
-        "input_tokens": input_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        # Only what comes after the last mark.
+        "input_tokens": answer.input_tokens - answer.cache_read - answer.cache_written,
+        "cache_creation_input_tokens": answer.cache_written,
+        "cache_read_input_tokens": answer.cache_read,
+        "cache_creation": None,
         "output_tokens": output_tokens,
+        "server_tool_use": None,
         "service_tier": "standard",
-    }
+        "inference_geo": None,
+    } | ({"output_tokens_details": {"thinking_tokens": answer.thought_tokens}} if answer.thought_tokens else {})
+
+
+def _whole(block: Block) -> dict[str, Any]:
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": block.text, "signature": seal(block.text)}
+    if block.kind == "text":
+        return {"type": "text", "text": block.text, "citations": None}
+    return _tool_use(block, msgspec.json.decode(block.text))
+
+
+def _tool_use(block: Block, given: Any) -> dict[str, Any]:
+    return {"type": "tool_use", "id": block.id, "name": block.name, "input": given, "caller": {"type": "direct"}}
+
+
+def _begun(block: Block) -> dict[str, Any]:
+    """A block before anything of it has come."""
+    if block.kind == "thinking":
+        return {"type": "thinking", "thinking": "", "signature": ""}
+    if block.kind == "text":
+        return {"type": "text", "text": "", "citations": None}
+    return _tool_use(block, {})
+
+
+def _check_content(messages: list[Any]) -> Problem | None:
+    """What the vendor objects to in blocks: kinds, signatures, and results that answer no call."""
+    called: set[str] = set()
+    for i, message in enumerate(messages):
+        content = message["content"]
+        blocks = content if isinstance(content, list) else []
+        answered = {b.get("tool_use_id") for b in blocks if isinstance(b, dict) and b.get("type") == "tool_result"}
+        if called - answered:
+            return _invalid(f"messages.{i}: `tool_use` ids were found without `tool_result` blocks immediately after")
+        if answered - called:
+            return _invalid(f"messages.{i}: unexpected `tool_use_id` found in `tool_result` blocks")
+        called = set()
+        for j, block in enumerate(blocks):
+            place = f"messages.{i}.content.{j}"
+            kind = str(block.get("type")) if isinstance(block, dict) else ""
+            if kind not in BLOCKS:
+                return _invalid(f"{place}: Input tag '{kind}' does not match any of the expected tags")
+            missing = [field for field in BLOCKS[kind] if field not in block]
+            if missing:
+                return _invalid(f"{place}.{kind}.{missing[0]}: Field required")
+            if kind == "text" and not block["text"]:
+                return _invalid(f"{place}: text content blocks must be non-empty")
+            if kind == "thinking" and block["signature"] != seal(block["thinking"]):
+                return _invalid(f"{place}: Invalid `signature` in `thinking` block")
+            if kind == "tool_use":
+                called.add(block["id"])
+    return None
+
+
+def _check_wishes(body: dict[str, Any]) -> Problem | None:
+    """What the vendor objects to in tools, thinking and formats."""
+    tools = body.get("tools", [])
+    for i, tool in enumerate(tools):
+        for field in ("name", "input_schema"):
+            if "type" not in tool and field not in tool:
+                return _invalid(f"tools.{i}.custom.{field}: Field required")
+    choice = body.get("tool_choice", {})
+    if choice and not tools:
+        return _invalid("tool_choice: may only be specified while providing `tools`")
+    if choice.get("type", "auto") not in ("auto", "any", "tool", "none"):
+        return _invalid("tool_choice: Input tag does not match any of the expected tags")
+    thinking = body.get("thinking", {})
+    kind = thinking.get("type", "disabled")
+    if kind not in ("adaptive", "enabled", "disabled", "between_tools"):
+        return _invalid("thinking: Input tag does not match any of the expected tags")
+    if kind == "enabled" and not 1024 <= thinking.get("budget_tokens", 0) < body["max_tokens"]:
+        return _invalid("`max_tokens` must be greater than `thinking.budget_tokens`, which must be at least 1024")
+    if kind == "enabled" and choice.get("type") in ("any", "tool"):
+        return _invalid("Thinking may not be enabled when tool_choice forces tool use.")
+    effort = body.get("output_config", {}).get("effort", "high")
+    if effort not in ("low", "medium", "high", "xhigh", "max"):
+        return _invalid("output_config.effort: Input should be 'low', 'medium', 'high', 'xhigh' or 'max'")
+    return None
 
 
 def _model(model: str) -> dict[str, Any]:

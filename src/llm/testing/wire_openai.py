@@ -6,14 +6,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from .saying import Block, Wishes
 from .window import Account
-from .wire import Answer, Problem, whole_seconds
+from .wire import Answer, Name, Problem, text_of, whole_seconds
 
-FINISH_REASON = {"end": "stop", "length": "length", "stop_sequence": "stop"}
+FINISH_REASON = {"end": "stop", "length": "length", "stop_sequence": "stop", "tool_calls": "tool_calls"}
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 TERMINAL = b"data: [DONE]\n\n"
 
@@ -23,7 +25,7 @@ _json = msgspec.json.encode
 class OpenAIWire:
     """The Chat Completions dialect. `Dialect` says what each method is for."""
 
-    name: Literal["anthropic", "openai"] = "openai"
+    name: Name = "openai"
     counts_rejected = True
     problems: Mapping[str, Problem] = {
         "invalid_request": Problem(400, "invalid_request_error", "The simulator refuses this request."),
@@ -101,6 +103,8 @@ class OpenAIWire:
         stop = body.get("stop")
         if not isinstance(stop, (str, list, type(None))) or (isinstance(stop, list) and len(stop) > 4):
             return _invalid("Invalid 'stop': expected a string or up to 4 of them.", "stop", "invalid_value")
+        if (problem := _check_calls(messages) or _check_wishes(body)) is not None:
+            return problem
         if type(body.get("stream") or False) is not bool:
             return _invalid("Invalid type for 'stream': expected a boolean.", "stream", "invalid_type")
         if body.get("stream_options") is not None and not body.get("stream"):
@@ -114,13 +118,39 @@ class OpenAIWire:
         most = body.get("max_completion_tokens")
         return body.get("max_tokens") if most is None else most, [stop] if isinstance(stop, str) else stop
 
+    def wishes(self, body: dict[str, Any]) -> Wishes:
+        choice = body.get("tool_choice", "auto")
+        results = []
+        for message in reversed(body["messages"]):
+            if message["role"] != "tool":
+                break
+            results.append(text_of(message["content"]))
+        form = body.get("response_format") or {}
+        return Wishes(
+            tools={t["function"]["name"]: t["function"].get("parameters", {}) for t in body.get("tools") or ()},
+            choice=choice if isinstance(choice, str) else choice.get("function", {}).get("name", "auto"),
+            results=tuple(reversed(results)),
+            schema=form.get("json_schema", {}).get("schema"),
+            thinks=body.get("reasoning_effort", "none") != "none",
+        )
+
+    def prefix(self, body: dict[str, Any]) -> Any:
+        # Without a mark the vendor keeps what is long enough, whatever it is.
+        return [body.get("tools"), body["messages"]]
+
+    def counted(self, tokens: int) -> bytes:
+        raise NotImplementedError("Chat Completions has no such request")
+
     def complete(self, answer: Answer) -> bytes:
+        calls = [_call(block) for block in answer.blocks if block.kind == "call"]
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": "".join(answer.tokens),
+            "content": answer.text if answer.text or not calls else None,
             "refusal": None,
             "annotations": [],
         }
+        if calls:
+            message["tool_calls"] = calls
         choice = {
             "index": 0,
             "message": message,
@@ -149,7 +179,21 @@ class OpenAIWire:
         usage = b',"usage":null' if answer.include_usage else b""
         choice = head + b'"choices":[{"index":0,"delta":%b,"logprobs":null,"finish_reason":%b}]' + usage + b"}\n\n"
         opening = choice % (b'{"role":"assistant","content":"","refusal":null}', b"null")
-        deltas = [choice % (b'{"content":%b}' % _json(token), b"null") for token in answer.tokens]
+        deltas: list[bytes] = []
+        number = -1
+        for block in answer.blocks:
+            if block.kind == "text":
+                deltas += [choice % (b'{"content":%b}' % _json(token), b"null") for token in block.tokens]
+            elif block.kind == "call":
+                number += 1
+                function = {"name": block.name, "arguments": ""}
+                call = {"index": number, "id": block.id, "type": "function", "function": function}
+                begin = choice % (_json({"tool_calls": [call]}), b"null")
+                for token in block.tokens:
+                    more = {"tool_calls": [{"index": number, "function": {"arguments": token}}]}
+                    deltas.append(begin + choice % (_json(more), b"null"))
+                    begin = b""
+            # What is thought is counted, and not shown.
         closing = choice % (b"{}", _json(FINISH_REASON[answer.stop]))
         if answer.include_usage:
             closing += (head + b'"choices":[],"usage":%b}\n\n') % _json(_usage(answer))
@@ -244,14 +288,69 @@ def _invalid(message: str, param: str | None = None, code: str | None = None) ->
     return Problem(400, "invalid_request_error", message, code, param)
 
 
+def _call(block: Block) -> dict[str, Any]:
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
+
+
+def _check_calls(messages: list[Any]) -> Problem | None:
+    """What the vendor objects to in calls and results: each call is answered, and nothing else is."""
+    open_ones: set[str] = set()
+    for i, message in enumerate(messages):
+        if message["role"] == "tool":
+            if message.get("tool_call_id") not in open_ones:
+                return _invalid(
+                    "Invalid parameter: messages with role 'tool' must be a response to a preceeding message with "
+                    "'tool_calls'.",
+                    f"messages[{i}].role",
+                )
+            open_ones.discard(message["tool_call_id"])
+            continue
+        if open_ones:
+            return _invalid(
+                "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
+                f"'tool_call_id'. Missing: {', '.join(sorted(open_ones))}",
+                f"messages[{i}].role",
+            )
+        open_ones = {call["id"] for call in message.get("tool_calls") or ()}
+        if message.get("content") is None and not open_ones and not message.get("refusal"):
+            return _invalid("Invalid value for 'content': expected a string, got null.", f"messages[{i}].content")
+    return None
+
+
+def _check_wishes(body: dict[str, Any]) -> Problem | None:
+    """What the vendor objects to in tools, effort and formats."""
+    tools = body.get("tools")
+    for i, tool in enumerate(tools or ()):
+        if tool.get("type") == "function" and "name" not in tool.get("function", {}):
+            place = f"tools[{i}].function.name"
+            return _invalid(f"Missing required parameter: '{place}'.", place, "missing_required_parameter")
+    if "tool_choice" in body and not tools:
+        return _invalid("'tool_choice' is only allowed when 'tools' are specified.", "tool_choice")
+    effort = body.get("reasoning_effort")
+    if effort is not None and effort not in EFFORTS:
+        return _invalid(f"Invalid value: {effort!r}.", "reasoning_effort", "invalid_value")
+    model = body["model"]
+    if tools and model.startswith("gpt-6"):
+        return _invalid(
+            f"Function tools with reasoning_effort are not supported for {model} in /v1/chat/completions. "
+            "To use function tools, use /v1/responses or set reasoning_effort to 'none'.",
+            "reasoning_effort",
+        )
+    form = body.get("response_format")
+    if form is not None and form.get("type") == "json_schema" and "name" not in form.get("json_schema", {}):
+        place = "response_format.json_schema.name"
+        return _invalid(f"Missing required parameter: '{place}'.", place, "missing_required_parameter")
+    return None
+
+
 def _usage(answer: Answer) -> dict[str, Any]:
-    output = len(answer.tokens)
+    output = answer.output_tokens
     return {
         "prompt_tokens": answer.input_tokens,
         "completion_tokens": output,
         "total_tokens": answer.input_tokens + output,
-        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0, "audio_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": answer.cache_read, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": answer.thought_tokens, "audio_tokens": 0},
     }
 
 

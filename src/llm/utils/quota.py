@@ -185,11 +185,11 @@ class Quota:
 
     # -- what a call takes ---------------------------------------------------------------------------------------------
 
-    def reserve(self, cost: Cost, *, now: float, variance: float = 0.0) -> Reservation | None:
-        """Take *cost* in every window, or nothing and return None."""
+    def reserve(self, cost: Cost, *, now: float, variance: float = 0.0, sure: bool = False) -> Reservation | None:
+        """Take *cost* in every window, or nothing and return None; if *sure*, only what is free already."""
         if (not self._free or self._unheard >= self._unheard_limit) and not self._opens(now):
             return None
-        reservation = self.ledger.reserve(cost, now=now, variance=variance)
+        reservation = self.ledger.reserve(cost, now=now, variance=variance, sure=sure)
         if reservation is None:
             return None
         if self._others:

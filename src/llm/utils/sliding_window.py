@@ -219,8 +219,8 @@ class Ledger:
         """What counts of *dimension* just now, without what is open."""
         return _state(self, dimension)[1]
 
-    def reserve(self, cost: Cost, *, now: float, variance: float = 0.0) -> Reservation | None:
-        """Take *cost* in all dimensions, or nothing and return None.
+    def reserve(self, cost: Cost, *, now: float, variance: float = 0.0, sure: bool = False) -> Reservation | None:
+        """Take *cost* in all dimensions, or nothing and return None; if *sure*, only what is free already.
 
         Output is a guess of what comes, with its *variance*, so it never asks for more than the limit: a long answer
         waits for an empty window instead of for ever.
@@ -243,7 +243,7 @@ class Ledger:
                 free = limit - self.output_used
                 spread = self.open_variance + variance
                 need = self.open_output + mean + (int(self.z * sqrt(spread)) if spread > 0.0 else 0)
-                if need > free and not self._has_room(free, limit, mean, variance, now):
+                if need > free and (sure or not self._has_room(free, limit, mean, variance, now)):
                     return None
         limit = self.token_limit
         if limit is not None:
