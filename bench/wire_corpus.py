@@ -1,10 +1,12 @@
 """What ``bench/wire.py`` sends: every feature in neutral terms, and a model of every family.
 
-Nothing in here knows a vendor's words: the dialects make requests of it.
+Nothing in here knows a vendor's words: the dialects make requests of it. What was thought has the seal of our own
+simulator, so that a test can send all of it there as well.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
@@ -14,6 +16,7 @@ from llm.core.content import Document, Image, Opaque, Part, Refusal, Text, Think
 from llm.core.tools import Tool
 from llm.core.types import Message, MessageRole, Options, OutputFormat, Request
 from llm.providers.catalog import Family, catalog
+from llm.testing.saying import seal
 
 SYSTEM, USER, ASSISTANT, TOOL = MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT, MessageRole.TOOL
 PNG: Final = b"\x89PNG\r\n\x1a\n" + bytes(16)
@@ -42,13 +45,13 @@ FORM: Final = OutputFormat(SCHEMA, "forecast")
 HI: Final = (Message(USER, "Hi"),)
 
 THOUGHT: Final[dict[str, dict[str, Any]]] = {
-    "anthropic": {"type": "thinking", "thinking": "Hm.", "signature": "c2ln"},
+    "anthropic": {"type": "thinking", "thinking": "Hm.", "signature": seal("Hm.")},
     "openai": {"reasoning_content": "Hm."},
     "openai_responses": {
         "id": "rs_1",
         "type": "reasoning",
         "summary": [{"type": "summary_text", "text": "Hm."}],
-        "encrypted_content": "eA==",
+        "encrypted_content": b64encode(f"{seal('Hm.')}Hm.".encode()).decode(),
     },
 }
 OWN_TOOL: Final[dict[str, tuple[dict[str, Any], ...]]] = {

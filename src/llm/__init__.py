@@ -1,6 +1,7 @@
 """One client for all your LLM keys: it keeps every limit, uses the quota it has, and survives its vendors."""
 
 from .core.client import LLMClient, StreamingCall
+from .core.content import Document, Image, Opaque, Refusal, Text, Thinking, ToolCall, ToolResult
 from .core.events import Events
 from .core.exceptions import (
     AttemptRecord,
@@ -29,18 +30,24 @@ from .core.exceptions import (
 from .core.manager import LLMManager, close_llm_manager, get_llm_manager, set_llm_manager
 from .core.settings import LLMSettings, ProviderSettings, Secret
 from .core.stream import ResponseStream
+from .core.tool_loop import ToolRun
+from .core.toolmaking import tool
+from .core.tools import Tool
 from .core.types import (
     CallOptions,
     Estimate,
     LLMResponse,
     Message,
     MessageRole,
+    ModelInfo,
     Options,
+    OutputFormat,
     Priority,
     Request,
     Settlement,
     StopReason,
     StreamChunk,
+    ToolCallDelta,
     Usage,
 )
 from .middleware.base import Admission, Call, Context, Handler, Middleware, Reply
@@ -61,9 +68,11 @@ __all__ = [
     "Call",
     "CallOptions",
     "Context",
+    "Document",
     "Estimate",
     "Events",
     "Handler",
+    "Image",
     "LLMAuthenticationError",
     "LLMBudgetExceededError",
     "LLMCircuitOpenError",
@@ -94,11 +103,15 @@ __all__ = [
     "MessageRole",
     "MetricsMiddleware",
     "Middleware",
+    "ModelInfo",
+    "Opaque",
     "Options",
+    "OutputFormat",
     "Priority",
     "Provider",
     "ProviderSettings",
     "RateLimitMiddleware",
+    "Refusal",
     "Reply",
     "Request",
     "ResponseStream",
@@ -110,10 +123,18 @@ __all__ = [
     "Store",
     "StreamChunk",
     "StreamingCall",
+    "Text",
+    "Thinking",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "ToolResult",
+    "ToolRun",
     "Transport",
     "Usage",
     "__version__",
     "close_llm_manager",
     "get_llm_manager",
     "set_llm_manager",
+    "tool",
 ]

@@ -14,6 +14,7 @@ from ..utils.clock import Clock
 from .arguments import read_messages, read_options, read_tools
 from .events import CallFinished, CallStarted, Events
 from .exceptions import LLMConfigurationError, LLMException, LLMInvalidRequestError
+from .inquiry import Inquiry
 from .stream import ResponseStream
 from .structured import growing, misfit, parse, read, shape_for
 from .tool_loop import Approve, OnRound, ToolRun, run_tools
@@ -22,6 +23,7 @@ from .types import (
     Estimate,
     LLMResponse,
     Message,
+    ModelInfo,
     Request,
     Settlement,
     StreamChunk,
@@ -65,7 +67,7 @@ class Home:
 class Pipeline:
     """One provider's layers as a client sees them: a handler, and what it takes to make a call of a request."""
 
-    __slots__ = ("_estimate", "aliases", "clock", "events", "handler", "home", "name", "new_id")
+    __slots__ = ("_estimate", "_inquiry", "aliases", "clock", "events", "handler", "home", "name", "new_id")
 
     def __init__(
         self,
@@ -78,8 +80,10 @@ class Pipeline:
         aliases: Mapping[str, str],
         home: Home,
         estimate: Callable[[Request, str | None], Awaitable[Estimate]],
+        inquiry: Inquiry,
     ) -> None:
         self._estimate = estimate
+        self._inquiry = inquiry
         self.name = name
         self.handler = handler
         self.clock = clock
@@ -93,6 +97,16 @@ class Pipeline:
         if (loop := get_running_loop()) is not self.home.loop:
             self.home.enter(loop)
         return self._estimate(request, self.aliases.get(model, model) if model is not None else None)
+
+    def models(self) -> Awaitable[tuple[ModelInfo, ...]]:
+        """The vendor's models, asked for on the loop that is running."""
+        self.home.enter(get_running_loop())
+        return self._inquiry.models()
+
+    def count_tokens(self, request: Request, model: str | None) -> Awaitable[int]:
+        """The tokens of *request*, asked for on the loop that is running."""
+        self.home.enter(get_running_loop())
+        return self._inquiry.count_tokens(request, self.aliases.get(model, model) if model is not None else None)
 
     def call(self, request: Request, model: str | None) -> Call:
         """The record of a new call, on the loop that is running."""
@@ -308,6 +322,22 @@ class LLMClient:
         """
         request = Request(read_messages(messages), "", read_options(self._defaults, options), False)
         return await self._pipeline.estimate(request, model or self.model)
+
+    async def count_tokens(
+        self, messages: Sequence[Message] | str, *, model: str | None = None, **options: Unpack[CallOptions]
+    ) -> int:
+        """How many input tokens a call would have, by the vendor's own count. It costs nothing, but takes a request.
+
+        Raises:
+            LLMInvalidRequestError: the request is at fault, or the vendor has no way to count.
+            LLMException: as ``complete`` does; nothing is repeated.
+        """
+        request = Request(read_messages(messages), "", read_options(self._defaults, options), False)
+        return await self._pipeline.count_tokens(request, model or self.model)
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """The vendor's models, with what it says of their lives. Raises as ``count_tokens`` does."""
+        return await self._pipeline.models()
 
     async def __aenter__(self) -> Self:
         return self

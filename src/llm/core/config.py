@@ -27,6 +27,7 @@ from .settings import (
     LoggingSettings,
     MetricsSettings,
     MiddlewareSettings,
+    ModelRules,
     PoolSettings,
     ProviderSettings,
     RateLimiterSettings,
@@ -122,7 +123,7 @@ _PROVIDER_LEAVES: Mapping[str, Reader[Any]] = {
 }
 PROVIDER = (
     *("api_keys", "models", "rate_limits", "quota_pools", "dialect", *_PROVIDER_LEAVES, "model_aliases"),
-    *("model_groups", "counting", "extra_body", "extra_headers", "pool", "timeouts", "transport"),
+    *("model_groups", "counting", "capabilities", "extra_body", "extra_headers", "pool", "timeouts", "transport"),
 )
 TOP = ("default_provider", "providers", "middleware", "model_aliases", "store", "unsupported")
 
@@ -360,6 +361,7 @@ def _provider(
         extra_headers=_headers(fields.get("extra_headers")),
         model_groups=_groups(fields.get("model_groups")),
         counting=_section(fields.get("counting"), CountingSettings, COUNTING),
+        capabilities=_capabilities(fields.get("capabilities")),
         **{"unsupported": unsupported, **{name: _leaf(fields, name, read, None) for name, read in given.items()}},
     )
     # What could not be read stands for a default, and would be found to differ.
@@ -481,6 +483,19 @@ def _groups(node: Node | None) -> dict[str, tuple[str, ...]]:
         if not groups[name]:
             child.wrong("names no model: give a pattern such as `claude-opus-4*`, or remove the line")
     return groups
+
+
+def _capabilities(node: Node | None) -> dict[str, ModelRules]:
+    found: dict[str, ModelRules] = {}
+    for pattern, child in (node.mapping() if node is not None else {}).items():
+        fields = child.fields(ModelRules.__struct_fields__)
+        try:
+            found[pattern] = msgspec.convert({name: field.tree() for name, field in fields.items()}, ModelRules)
+        except msgspec.ValidationError as error:
+            # msgspec names the place as `$.thinking[0]`.
+            what, _, where = str(error).partition(" - at `$")
+            child.wrong(f"{where.rstrip('`').lstrip('.') or 'rules'}: {what[:1].lower()}{what[1:]}")
+    return found
 
 
 def _headers(node: Node | None) -> dict[str, str]:

@@ -41,6 +41,7 @@ from .client import Home, LLMClient, Pipeline
 from .endpoint import Endpoint, Prober
 from .events import Events
 from .exceptions import LLMConfigurationError, LLMConnectionError
+from .inquiry import Inquiry
 from .pool import ProviderPool
 from .settings import LLMSettings, ProviderSettings
 from .types import CallOptions, Priority
@@ -71,6 +72,7 @@ class _Line(NamedTuple):
     layers: tuple[Layer, ...]
     prober: Prober
     endpoint: Endpoint
+    inquiry: Inquiry
     pipeline: Pipeline
 
 
@@ -242,6 +244,7 @@ class LLMManager:
             await line.pool.close()
             await line.transport.close()
             line.prober.close()
+            line.inquiry.close()
         if not self._store_closed:
             await self._store.close()
             self._store_closed = True
@@ -328,6 +331,7 @@ class LLMManager:
             attempt_timeout=settings.timeouts.attempt,
             credentials=_credentials(settings),
         )
+        inquiry = Inquiry(settings.name, provider, transport, pool, clock=clock, secrets=_credentials(settings))
         pipeline = Pipeline(
             settings.name,
             compose([layer.middleware for layer in layers], endpoint),
@@ -337,8 +341,9 @@ class LLMManager:
             aliases=settings.model_aliases,
             home=self._home,
             estimate=limiter.estimate,
+            inquiry=inquiry,
         )
-        return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, pipeline)
+        return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, inquiry, pipeline)
 
     def _extensions(self, provider: str, objects: Mapping[str, Middleware]) -> list[Layer]:
         """The registered layers: those of the configuration in its order, then objects it does not mention."""
@@ -367,6 +372,7 @@ class LLMManager:
             line.limiter.start_afresh()
             line.endpoint.start_afresh()
             line.prober.close()
+            line.inquiry.close()
 
     def _new_id(self) -> str:
         return f"{self._prefix}-{next(self._numbers)}"

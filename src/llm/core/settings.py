@@ -139,6 +139,26 @@ class TransportSettings(msgspec.Struct, frozen=True, kw_only=True):
         return _shown(self, proxy=f"***{at}{host}" if user else self.proxy)
 
 
+class ModelRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a model accepts, where that is not what the table of models says; None leaves it to the table.
+
+    ``providers/models.toml`` explains each.
+    """
+
+    refuses: frozenset[str] | None = None
+    max_output: int | None = None
+    token_field: str | None = None
+    system_role: str | None = None
+    system_turns: bool | None = None
+    prefill: bool | None = None
+    thinking: tuple[Literal["adaptive", "enabled", "disabled"], ...] | None = None
+    efforts: tuple[str, ...] | None = None
+    forced_tools: bool | None = None
+    chat_tools: Literal["always", "at_no_effort", "never"] | None = None
+    formats: Literal["native", "tool", "prompt"] | None = None
+    cache_marks: bool | None = None
+
+
 class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     """One provider: a dialect at an address, with its keys."""
 
@@ -160,11 +180,17 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     model_groups: dict[str, tuple[str, ...]] = {}
     """Models that share one limit, by the group's name: patterns as ``claude-opus-4*``. Before the dialect's own."""
     counting: CountingSettings = CountingSettings()
+    capabilities: dict[str, ModelRules] = {}
+    """What models accept, by pattern; the first that fits counts, also under another address than the vendor's."""
 
     @property
     def custom(self) -> bool:
         """Whether the address is not the vendor's own, so that nothing is known of the models behind it."""
         return self.base_url is not None
+
+    def rules(self, model: str) -> ModelRules | None:
+        """The first of ``capabilities`` with a pattern that fits *model*, None without one."""
+        return next((rules for pattern, rules in self.capabilities.items() if fnmatchcase(model, pattern)), None)
 
     def group(self, model: str) -> str | None:
         """The first of ``model_groups`` with a pattern that fits *model*, None without one."""

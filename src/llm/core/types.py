@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from enum import StrEnum
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -128,6 +129,21 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
     """As many as answers like it have on average."""
     wait: float
     """Seconds until a key could admit it, at the least."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a vendor says of one of its models; None where it says nothing."""
+
+    id: str
+    name: str = ""
+    """For people."""
+    lifecycle: Literal["active", "deprecated", "retired"] | None = None
+    retires_on: date | None = None
+    """The day from which requests for it fail; what the vendor does not say is from ``models.toml``."""
+    replacement: str | None = None
+    """What to use instead once it retires, by ``models.toml``."""
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
 
 
 class Settlement(msgspec.Struct, frozen=True):

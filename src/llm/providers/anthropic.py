@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Final
+from urllib.parse import quote
 
 import msgspec
 
@@ -35,6 +36,7 @@ from ..core.types import (
     LLMResponse,
     Message,
     MessageRole,
+    ModelInfo,
     ObservedLimits,
     Options,
     Request,
@@ -58,8 +60,9 @@ from .anthropic_messages import (
     wire_system,
 )
 from .base import Encoded
-from .catalog import Family, Refuse, asked, catalog, leave_out
+from .catalog import Family, Refuse, asked, catalog, leave_out, rules_for
 from .event_stream import EventStream
+from .listing import only, read_count, read_models
 from .quota import Groups, count, merged, owners, seconds_until
 
 BASE_URL: Final = "https://api.anthropic.com"
@@ -72,6 +75,11 @@ MAX_UNSTREAMED: Final = 21_333
 """Tokens of an answer that is waited for in one piece: by the vendor's reckoning (128,000 in an hour) ten minutes."""
 CUSTOM_MAX_TOKENS: Final = 4_096
 """The same under a custom address, where the model may have a small context that answer and prompt share."""
+
+COUNTED: Final = frozenset(
+    ("messages", "model", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control")
+)
+"""Members of a request that its tokens are counted by."""
 
 STOP_REASON: Final = {
     "end_turn": StopReason.STOP,
@@ -235,6 +243,7 @@ class AnthropicProvider:
         self.default_model: str | None = vendor.default
         self._vendor = vendor
         self._custom = settings.custom
+        self._settings = settings
         self._strict = settings.unsupported == "raise"
         self._extra_body = settings.extra_body
         version = settings.api_version or API_VERSION
@@ -287,7 +296,7 @@ class AnthropicProvider:
                 if system:
                     body["system"] = wire_system(system)
                 break
-        if not (self._custom or family.prefill) and messages and _is_prefill(messages[-1]):
+        if not family.prefill and messages and _is_prefill(messages[-1]):
             raise LLMInvalidRequestError(
                 f"messages[{len(messages) - 1}]: {model} does not continue an assistant's message; end with the user's",
                 provider=self.name,
@@ -406,6 +415,28 @@ class AnthropicProvider:
         del headers["content-type"]
         return HTTPRequest("GET", self._probe_url, headers)
 
+    def models_request(self, key: str, after: str | None) -> HTTPRequest:
+        """A page of the list of models."""
+        probe = self.probe(key)
+        mark = "&" if "?" in probe.url else "?"
+        following = f"&after_id={quote(after, safe='')}" if after is not None else ""
+        return HTTPRequest("GET", f"{probe.url}{mark}limit=1000{following}", probe.headers)
+
+    def read_models(self, body: bytes) -> tuple[list[ModelInfo], str | None]:
+        """The models of a page, and the last of them if more follow."""
+        return read_models(body, None if self._custom else self._vendor, provider=self.name)
+
+    def count_request(self, request: Request, key: str) -> HTTPRequest:
+        """The request that asks how many tokens *request* has."""
+        asked = self.encode(request, key).request
+        address, mark, query = asked.url.partition("?")
+        headers = asked.headers | {"accept": "application/json"}
+        return HTTPRequest("POST", f"{address}/count_tokens{mark}{query}", headers, only(asked.body, COUNTED))
+
+    def read_count(self, body: bytes) -> int:
+        """The number in its answer."""
+        return read_count(body, provider=self.name)
+
     def replacement(self, model: str) -> str | None:
         """The successor of a model that had retired when ``models.toml`` was last checked."""
         gone = None if self._custom else self._vendor.retirement(model)
@@ -417,16 +448,14 @@ class AnthropicProvider:
         if wanted is None:
             return None
         family = self._families.get(request.model) or self._learn(request.model)
-        return wanted.name if how_to_format(wanted, family, custom=self._custom) == "tool" else None
+        return wanted.name if how_to_format(wanted, family) == "tool" else None
 
     def _learn(self, model: str) -> Family:
-        """The rules for *model*, remembered; none are known under a custom address."""
-        if self._custom:
-            family = Family(max_output=CUSTOM_MAX_TOKENS)
-        else:
-            family = self._vendor.family(model)
-            most = min(family.max_output or DEFAULT_MAX_TOKENS, DEFAULT_MAX_TOKENS)
-            family = msgspec.structs.replace(family, max_output=most)
+        """The rules for *model*, remembered."""
+        family = rules_for(model, self._settings, self._vendor)
+        least = CUSTOM_MAX_TOKENS if self._custom else DEFAULT_MAX_TOKENS
+        most = min(family.max_output or least, DEFAULT_MAX_TOKENS)
+        family = msgspec.structs.replace(family, max_output=most)
         if len(self._families) >= 256:
             # Names may come from the application's own users.
             self._families.clear()
@@ -437,12 +466,12 @@ class AnthropicProvider:
         """Put what *options* ask into *body*; the names of the hints that the model refuses."""
         wishes = asked(options)
         refused = self._refused | family.refuses
-        custom, refuse = self._custom, Refuse(self.name, model)
-        ask_for_tools(body, options, family, custom=custom, refuse=refuse)
-        if ask_for_thinking(body, options, family, custom=custom, refuse=refuse) and not custom:
+        refuse = Refuse(self.name, model)
+        ask_for_tools(body, options, family, refuse=refuse)
+        if ask_for_thinking(body, options, family, refuse=refuse) and not self._custom:
             refused |= _SAMPLING
         if options.output_format is not None:
-            how = how_to_format(options.output_format, family, custom=custom)
+            how = how_to_format(options.output_format, family)
             ask_for_format(body, options.output_format, how, refuse=refuse)
         if options.cache:
             body["cache_control"] = CACHE

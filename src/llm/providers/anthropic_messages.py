@@ -50,7 +50,7 @@ def wire_tools(tools: Sequence[Tool]) -> list[object]:
     return [_tool(tool.name, tool.parameters, tool.description, strict=tool.strict, cache=tool.cache) for tool in tools]
 
 
-def ask_for_tools(body: dict[str, Any], options: Options, family: Family, *, custom: bool, refuse: Refuse) -> None:
+def ask_for_tools(body: dict[str, Any], options: Options, family: Family, *, refuse: Refuse) -> None:
     """Put tools and their choice into *body*."""
     if options.tools is None:
         return
@@ -61,18 +61,18 @@ def ask_for_tools(body: dict[str, Any], options: Options, family: Family, *, cus
     elif choice is not None:
         body["tool_choice"] = {"type": "tool", "name": choice}
     forced = choice is not None and choice not in ("auto", "none")
-    if forced and not (custom or family.forced_tools):
+    if forced and not family.forced_tools:
         raise refuse("tool_choice", choice, "it cannot be made to call a tool; ask for it in the prompt")
     if options.parallel_tool_calls is not None and choice != "none":
         body.setdefault("tool_choice", {"type": "auto"})["disable_parallel_tool_use"] = not options.parallel_tool_calls
 
 
-def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, custom: bool, refuse: Refuse) -> bool:
+def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, refuse: Refuse) -> bool:
     """Put how hard to think into *body*; whether the model is told to think."""
     wish = options.reasoning
     if wish is None:
         return False
-    kinds = ("adaptive", "enabled", "disabled") if custom else family.thinking
+    kinds = family.thinking
     if not kinds:
         raise refuse("reasoning", wish, "it does not think")
     if wish == "none":
@@ -87,7 +87,7 @@ def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, 
         return True
     if "adaptive" in kinds:
         body["thinking"] = {"type": "adaptive"}
-        body.setdefault("output_config", {})["effort"] = wish if custom else effort_for(wish, family.efforts)
+        body.setdefault("output_config", {})["effort"] = effort_for(wish, family.efforts)
         return True
     if family.efforts:
         body.setdefault("output_config", {})["effort"] = effort_for(wish, family.efforts)
@@ -96,11 +96,11 @@ def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, 
     return True
 
 
-def how_to_format(wanted: OutputFormat, family: Family, *, custom: bool) -> Literal["native", "tool", "prompt"]:
+def how_to_format(wanted: OutputFormat, family: Family) -> Literal["native", "tool", "prompt"]:
     """How an answer is kept to its form. The vendor's own way takes strict schemas alone."""
-    if wanted.strict and (custom or family.formats == "native"):
+    if wanted.strict and family.formats == "native":
         return "native"
-    return "tool" if custom or family.forced_tools else "prompt"
+    return "tool" if family.forced_tools else "prompt"
 
 
 def ask_for_format(body: dict[str, Any], wanted: OutputFormat, how: str, *, refuse: Refuse) -> None:

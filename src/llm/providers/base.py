@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from ..core.exceptions import LLMException
-from ..core.types import Counting, Headers, LLMResponse, ObservedLimits, Request, StopReason, StreamChunk, Usage
+from ..core.types import (
+    Counting,
+    Headers,
+    LLMResponse,
+    ModelInfo,
+    ObservedLimits,
+    Request,
+    StopReason,
+    StreamChunk,
+    Usage,
+)
 from ..transports.base import HTTPRequest
 
 
@@ -87,4 +97,28 @@ class Provider(Protocol):
 
     def replacement(self, model: str) -> str | None:
         """The successor of a model that the vendor has retired, None if *model* is not known to be retired."""
+        ...
+
+
+@runtime_checkable
+class Inquirable(Protocol):
+    """What a dialect has beside that if its vendor answers questions for nothing."""
+
+    def models_request(self, key: str, after: str | None) -> HTTPRequest:
+        """The request for a page of the list of models: the one that follows *after*."""
+        ...
+
+    def read_models(self, body: bytes) -> tuple[list[ModelInfo], str | None]:
+        """The models of a page, and after which of them the next begins; None if there is none.
+
+        Raises LLMProtocolError for what is no list.
+        """
+        ...
+
+    def count_request(self, request: Request, key: str) -> HTTPRequest:
+        """The request that asks how many tokens *request* has. Raises LLMInvalidRequestError if nobody can tell."""
+        ...
+
+    def read_count(self, body: bytes) -> int:
+        """The number in its answer. Raises LLMProtocolError if there is none."""
         ...

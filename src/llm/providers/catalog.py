@@ -14,6 +14,7 @@ from typing import Final, Literal
 import msgspec
 
 from ..core.exceptions import LLMInvalidRequestError
+from ..core.settings import ProviderSettings
 from ..core.types import Options, OutputFormat
 
 HINTS: Final = frozenset(("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "seed"))
@@ -60,6 +61,17 @@ class Family(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     chat_tools: Literal["always", "at_no_effort", "never"] = "always"
     formats: Literal["native", "tool", "prompt"] = "native"
     cache_marks: bool = False
+
+
+ANYTHING: Final = Family(
+    token_field="max_tokens",
+    system_role="system",
+    prefill=True,
+    thinking=("adaptive", "enabled", "disabled"),
+    efforts=EFFORTS,
+)
+"""The rules for a model of which nothing is known, behind an address that is not the vendor's: nothing is refused, and
+the words are those that all compatible servers understand."""
 
 
 class Retirement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,6 +150,16 @@ class Refuse:
         return LLMInvalidRequestError(
             f"{option}={value!r}: {self._model} does not take it: {reason}", provider=self._provider, model=self._model
         )
+
+
+def rules_for(model: str, settings: ProviderSettings, vendor: Vendor) -> Family:
+    """What *model* accepts: by the configuration, else by the table, or nothing under a custom address."""
+    family = ANYTHING if settings.custom else vendor.family(model)
+    said = settings.rules(model)
+    if said is None:
+        return family
+    given = {name: value for name in said.__struct_fields__ if (value := getattr(said, name)) is not None}
+    return msgspec.structs.replace(family, **given)
 
 
 def effort_for(wish: str, known: Sequence[str]) -> str:

@@ -247,13 +247,24 @@ class OpenAIProvider(OpenAIBase):
             return other.stream_decoder(request)
         return OpenAIStream(self, request, custom=self._custom)
 
+    def count_request(self, request: Request, key: str) -> HTTPRequest:
+        """The request that asks how many tokens *request* has: the vendor counts them over its other API.
+
+        Raises LLMInvalidRequestError under a custom address, where nobody knows of a way.
+        """
+        if self._responses is None:
+            raise LLMInvalidRequestError(
+                "Chat Completions has no way to count tokens; estimate() guesses them", provider=self.name
+            )
+        return self._responses.count_request(request, key)
+
     def _other(self, request: Request, family: Family | None = None) -> OpenAIResponses | None:
         """The Responses API, if *request* is one that Chat Completions refuses, or that goes on with its items."""
         other, options = self._responses, request.options
         if other is None:
             return None
         if options.tools is not None:
-            family = family or self._families.get(request.model) or self._learn(request.model)
+            family = family or self._family(request.model)
             if family.chat_tools == "never":
                 return other
             if family.chat_tools == "at_no_effort":
@@ -268,10 +279,7 @@ class OpenAIProvider(OpenAIBase):
     def format_tool(self, request: Request) -> str | None:
         """The name of the tool that stands for the answer's form, None if none does."""
         wanted = request.options.output_format
-        return wanted.name if wanted is not None and self._formats(request.model) == "tool" else None
-
-    def _formats(self, model: str) -> str:
-        return "native" if self._custom else self._vendor.family(model).formats
+        return wanted.name if wanted is not None and self._family(request.model).formats == "tool" else None
 
     def broken_off(self, request: Request, reason: str | None, headers: Headers, body: bytes) -> LLMException:
         """The server gave up in the midst of an answer: its own error if it names one."""
@@ -303,7 +311,7 @@ class OpenAIProvider(OpenAIBase):
         if options.reasoning is not None:
             body["reasoning_effort"] = self._word(options.reasoning, family.efforts, refuse)
         if options.output_format is not None:
-            ask_for_format(body, options.output_format, self._formats(request.model), refuse=refuse)
+            ask_for_format(body, options.output_format, family.formats, refuse=refuse)
         refused = self._refused | family.refuses
         if family.free_at_effort is not None and self._effort(body, options, family) == family.free_at_effort:
             refused = self._refused

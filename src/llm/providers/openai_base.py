@@ -15,12 +15,13 @@ from ..core.exceptions import (
     LLMQuotaExhaustedError,
 )
 from ..core.settings import ProviderSettings
-from ..core.types import Counting, Headers, LimitState, ObservedLimits, Options, Request
+from ..core.types import Counting, Headers, LimitState, ModelInfo, ObservedLimits, Options, Request
 from ..transports.base import HTTPRequest
 from ..utils.error_body import ErrorBody, read_error_body
 from ..utils.header_values import whole_number
 from ..utils.http_errors import build_error, error_for_status, unreadable
-from .catalog import Family, Refuse, catalog, effort_for
+from .catalog import Family, Refuse, catalog, effort_for, rules_for
+from .listing import read_count, read_models
 from .quota import Groups, count, merged, owners, seconds
 
 BASE_URL: Final = "https://api.openai.com/v1"
@@ -71,9 +72,6 @@ _LIMIT_HEADERS: Final = tuple(
 # The vendor has no word for it; compatible servers do.
 _NO_WORD: Final = frozenset(("top_k",))
 
-_ANY: Final = Family(token_field="max_tokens", system_role="system")
-"""What is known of a model under a custom address: nothing."""
-
 
 class OpenAIBase:
     """A dialect of OpenAI's at one address; *path* is where it answers."""
@@ -83,6 +81,7 @@ class OpenAIBase:
         self.name = settings.name
         self.default_model: str | None = vendor.default
         self._custom = settings.custom
+        self._settings = settings
         self._vendor = vendor
         self._refused = frozenset() if settings.custom else _NO_WORD
         self._strict = settings.unsupported == "raise"
@@ -157,10 +156,25 @@ class OpenAIBase:
         headers = {"accept": "application/json", "authorization": f"Bearer {key}", **self._extra_headers}
         return HTTPRequest("GET", self._probe_url, headers)
 
+    def models_request(self, key: str, after: str | None) -> HTTPRequest:
+        """The list of models, which comes in one page."""
+        return self.probe(key)
+
+    def read_models(self, body: bytes) -> tuple[list[ModelInfo], str | None]:
+        """The models; there is no other page."""
+        return read_models(body, None if self._custom else self._vendor, provider=self.name)
+
+    def read_count(self, body: bytes) -> int:
+        """The number in its answer."""
+        return read_count(body, provider=self.name)
+
     def replacement(self, model: str) -> str | None:
         """The successor of a model that had retired when ``models.toml`` was last checked."""
         gone = None if self._custom else self._vendor.retirement(model)
         return gone.use if gone is not None and gone.on <= catalog().as_of else None
+
+    def _family(self, model: str) -> Family:
+        return self._families.get(model) or self._learn(model)
 
     def _headers_of(self, options: Options, key: str, *, stream: bool) -> dict[str, str]:
         headers = {**(self._stream_headers if stream else self._headers), "authorization": f"Bearer {key}"}
@@ -171,8 +185,8 @@ class OpenAIBase:
         return headers
 
     def _learn(self, model: str) -> Family:
-        """The rules for *model*, remembered; none are known under a custom address."""
-        family = _ANY if self._custom else self._vendor.family(model)
+        """The rules for *model*, remembered."""
+        family = rules_for(model, self._settings, self._vendor)
         if len(self._families) >= 256:
             # Names may come from the application's own users.
             self._families.clear()
@@ -183,7 +197,7 @@ class OpenAIBase:
         """The vendor's word for how hard to think, of those that are *known* to the model."""
         if isinstance(wish, int):
             raise refuse("reasoning", wish, "it counts no tokens of thinking; say a word, as 'low' or 'high'")
-        if self._custom or wish in known:
+        if wish in known:
             return wish
         if not known:
             raise refuse("reasoning", wish, "it does not think")

@@ -36,9 +36,12 @@ from ..utils.json_body import encode_body
 from .base import Encoded
 from .catalog import Family, Refuse, asked, leave_out
 from .event_stream import EventStream
+from .listing import only
 from .openai_base import OpenAIBase
 from .responses_items import DIALECT, ask_for_format, ask_for_tools, wire_input
 
+COUNTED: Final = frozenset(("input", "model", "tools", "tool_choice", "parallel_tool_calls", "reasoning", "text"))
+"""Members of a request that its tokens are counted by."""
 INCOMPLETE: Final = {
     "max_output_tokens": StopReason.LENGTH,
     "content_filter": StopReason.CONTENT_FILTER,
@@ -174,8 +177,8 @@ class OpenAIResponses(OpenAIBase):
             "input": wire_input(messages, family.system_role, marks=family.cache_marks),
             "store": False,
         }
-        if family.efforts:
-            # Elsewhere the vendor refuses the word.
+        if family.efforts and not self._custom:
+            # Of a model that does not think the vendor refuses the word.
             body["include"] = ["reasoning.encrypted_content"]
         if options.max_tokens is not None:
             body["max_output_tokens"] = options.max_tokens
@@ -216,6 +219,12 @@ class OpenAIResponses(OpenAIBase):
             request_id=headers.get("x-request-id"),
             body=body,
         )
+
+    def count_request(self, request: Request, key: str) -> HTTPRequest:
+        """The request that asks how many tokens *request* has."""
+        asked = self.encode(request, key).request
+        address, mark, query = asked.url.partition("?")
+        return HTTPRequest("POST", f"{address}/input_tokens{mark}{query}", asked.headers, only(asked.body, COUNTED))
 
     def stream_decoder(self, request: Request) -> ResponsesStream:
         return ResponsesStream(self, request)
