@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits wire soak coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits wire providers soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -16,8 +16,8 @@ SPECS ?=
 WORKERS ?= 2
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # Only what is there: examples and benches are checked as soon as they exist.
-CODE := $(wildcard src tests examples bench fuzz)
-TYPED := $(wildcard src/llm tests examples bench fuzz)
+CODE := $(wildcard src tests examples bench fuzz docs/*.py)
+TYPED := $(wildcard src/llm tests examples bench fuzz docs/*.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -95,6 +95,9 @@ limits: setup  ## what keeping the limits costs: the ledger, the layer, the wait
 
 wire: setup  ## whether what is sent and read is what the vendors specify: make wire SPECS=folder (needs npm)
 	$(BIN)/python bench/wire.py "$(SPECS)"
+
+providers: setup  ## write docs/providers.md from the table of models and from what the dialects do
+	$(BIN)/python docs/providers.py
 
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py

@@ -323,3 +323,10 @@ def test_commands_that_exist_are_accepted() -> None:
 def test_broken_commands_fail(text: str) -> None:
     with pytest.raises(AssertionError, match=r"nonsense|nowhere|no-such-option"):
         check_commands(fenced("bash", text + "\n"))
+
+
+def test_the_page_of_providers_is_what_the_table_and_the_dialects_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from providers import page  # type: ignore[import-not-found]  # it lies beside its page
+
+    assert (ROOT / "docs" / "providers.md").read_text("utf-8") == page(), "write it anew with `make providers`"

@@ -190,3 +190,19 @@ def test_prospects_and_limits_are_told_while_calls_wait(priorities: str) -> None
     assert re.search(r"anthropic: \d+ waiting \(\d+ low of a, \d+ low of b\)", priorities)
     assert len(re.findall(r"anthropic/[12]: \d+ of 20 requests used, \d+ under way", priorities)) == 4
     assert "at the server: 132 requests, 0 answered with 429" in priorities
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tools.py", ["→ weather → book", "ask me again tomorrow", "So take an umbrella", "2 rounds"]),
+        ("structured.py", ["Porridge, 10 minutes", "80 g oats", "Recipe(title='Porridge'"]),
+    ],
+)
+def test_the_tours_of_tools_and_of_structured_answers_run_to_their_end(
+    name: str, said: list[str], tmp_path: Path
+) -> None:
+    done = tour(cwd=tmp_path, file=ROOT / "examples" / name)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in said:
+        assert words in done.stdout

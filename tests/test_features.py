@@ -113,7 +113,7 @@ async def test_every_feature_works_with_every_family_or_is_refused_before_it_is_
 
 NEVER = {
     "anthropic": {"several answers"},
-    "openai": {"a PDF by its address", "reasoning in tokens"},
+    "openai": {"reasoning in tokens"},
     "openai_responses": {"one stop sequence", "stop sequences", "several answers", "reasoning in tokens"},
 }
 """Features that a dialect has no word for."""

@@ -83,7 +83,7 @@ def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, 
     if isinstance(wish, int):
         if "enabled" not in kinds:
             raise refuse("reasoning", wish, f"it counts no tokens of thinking; say one of {', '.join(family.efforts)}")
-        body["thinking"] = {"type": "enabled", "budget_tokens": _budget(wish, body["max_tokens"], wish, refuse)}
+        _think(body, wish, options, refuse)
         return True
     if "adaptive" in kinds:
         body["thinking"] = {"type": "adaptive"}
@@ -91,8 +91,7 @@ def ask_for_thinking(body: dict[str, Any], options: Options, family: Family, *, 
         return True
     if family.efforts:
         body.setdefault("output_config", {})["effort"] = effort_for(wish, family.efforts)
-    budget = max(LEAST_BUDGET, int(SHARE[wish] * body["max_tokens"]))
-    body["thinking"] = {"type": "enabled", "budget_tokens": _budget(budget, body["max_tokens"], wish, refuse)}
+    _think(body, max(LEAST_BUDGET, int(SHARE[wish] * body["max_tokens"])), options, refuse)
     return True
 
 
@@ -120,14 +119,15 @@ def ask_for_format(body: dict[str, Any], wanted: OutputFormat, how: str, *, refu
         )
 
 
-def _budget(tokens: int, most: int, wish: object, refuse: Refuse) -> int:
+def _think(body: dict[str, Any], tokens: int, options: Options, refuse: Refuse) -> None:
+    """Ask for thinking of so many *tokens*."""
+    most = body["max_tokens"]
     if not LEAST_BUDGET <= tokens < most:
-        raise refuse(
-            "reasoning",
-            wish,
-            f"thinking takes {LEAST_BUDGET:,} tokens at least and must be less than max_tokens ({most:,})",
-        )
-    return tokens
+        bounds = f"thinking takes at least {LEAST_BUDGET:,} tokens and must be less than max_tokens ({most:,})"
+        raise refuse("reasoning", options.reasoning, bounds)
+    if body.get("tool_choice", {}).get("type") in ("any", "tool"):
+        raise refuse("tool_choice", options.tool_choice, "it cannot think by a budget and be made to call a tool")
+    body["thinking"] = {"type": "enabled", "budget_tokens": tokens}
 
 
 def _tool(

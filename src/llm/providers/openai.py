@@ -45,7 +45,7 @@ from .openai_base import OpenAIBase
 from .openai_messages import DIALECT, ask_for_format, ask_for_tools, wire_messages
 from .openai_responses import OpenAIResponses, ResponsesStream
 from .openai_tools import Calls, WireCall
-from .responses_items import has_items
+from .responses_items import needs_items
 
 STOP_REASON: Final = {
     "stop": StopReason.STOP,
@@ -259,7 +259,7 @@ class OpenAIProvider(OpenAIBase):
         return self._responses.count_request(request, key)
 
     def _other(self, request: Request, family: Family | None = None) -> OpenAIResponses | None:
-        """The Responses API, if *request* is one that Chat Completions refuses, or that goes on with its items."""
+        """The Responses API, if *request* is one that Chat Completions refuses, or that only it can be sent."""
         other, options = self._responses, request.options
         if other is None:
             return None
@@ -272,7 +272,7 @@ class OpenAIProvider(OpenAIBase):
                 if effort != "none":
                     return other
         for message in request.messages:
-            if not isinstance(message.content, str) and has_items(message.content):
+            if not isinstance(message.content, str) and needs_items(message.content):
                 return other
         return None
 

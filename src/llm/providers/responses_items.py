@@ -59,9 +59,20 @@ def ask_for_format(body: dict[str, Any], wanted: OutputFormat) -> None:
     body["text"] = {"format": form}
 
 
-def has_items(parts: Sequence[Part]) -> bool:
-    """Whether *parts* hold what only this API can be sent back."""
-    return any(isinstance(part, (Thinking, Opaque)) and part.dialect == DIALECT for part in parts)
+def needs_items(parts: Sequence[Part]) -> bool:
+    """Whether *parts* hold what only this API takes: its own items, documents by address, results with pictures."""
+    for part in parts:
+        match part:
+            case Thinking() | Opaque():
+                if part.dialect == DIALECT:
+                    return True
+            case Document():
+                if part.url:
+                    return True
+            case ToolResult(content=content):
+                if not isinstance(content, str) and any(isinstance(each, Image) or not each.text for each in content):
+                    return True
+    return False
 
 
 def _tool(tool: Tool) -> dict[str, Any]:
