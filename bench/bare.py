@@ -9,8 +9,19 @@ import aiohttp
 import msgspec
 
 
+class Function(msgspec.Struct):
+    arguments: str = ""
+
+
+class Call(msgspec.Struct):
+    index: int = 0
+    function: Function | None = None
+
+
 class Message(msgspec.Struct):
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
 
 
 class Choice(msgspec.Struct):
@@ -59,3 +70,39 @@ async def stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) ->
                     for choice in decode(event[6:]).choices:
                         if choice.delta is not None and choice.delta.content:
                             yield choice.delta.content
+
+
+class Delta(msgspec.Struct):
+    thinking: str | None = None
+    partial_json: str | None = None
+
+
+class Event(msgspec.Struct):
+    type: str
+    delta: Delta | None = None
+
+
+decode_event = msgspec.json.Decoder(Event).decode
+
+
+async def rich(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> AsyncIterator[tuple[str, str]]:
+    """Pieces of thinking and of a tool's arguments; the path tells the dialect."""
+    data, rest = msgspec.json.encode(body), b""
+    theirs = url.endswith("/messages")
+    async with http.post(url, data=data, headers=HEADERS, allow_redirects=False) as response:
+        async for piece in response.content.iter_any():
+            *events, rest = (rest + piece).split(b"\n\n")
+            for event in events:
+                if theirs:
+                    said = decode_event(event.partition(b"\ndata: ")[2]).delta
+                    if said is not None and (said.thinking or said.partial_json):
+                        yield said.thinking or "", said.partial_json or ""
+                elif event != b"data: [DONE]":
+                    for choice in decode(event[6:]).choices:
+                        delta = choice.delta
+                        if delta is not None and delta.reasoning_content:
+                            yield delta.reasoning_content, ""
+                        elif delta is not None:
+                            for call in delta.tool_calls or ():
+                                if call.function is not None:
+                                    yield "", call.function.arguments

@@ -31,6 +31,7 @@ from typing import Any
 
 import aiohttp
 import bare
+import openai
 import server as canned
 
 import brimful
@@ -193,6 +194,61 @@ async def streamed(base: CannedServer, rounds: int) -> dict[str, Any]:
     return found
 
 
+async def rich(base: CannedServer, rounds: int) -> dict[str, Any]:
+    """Streams of thinking and of a tool's arguments, per event, in bursts; and OpenAI's SDK, in the same rounds."""
+    found: dict[str, Any] = {}
+    url = base.url("/rich")
+    dialects = {
+        "openai": (url, url + "/chat/completions", len(canned.RICH_PIECES)),
+        "anthropic": (url, url + "/messages", len(canned.RICH_MESSAGE_PIECES)),
+    }
+    for dialect, (ours_at, theirs_at, events) in dialects.items():
+        config = configuration(ours_at)
+        provider = config["providers"].pop("openai") | {"dialect": dialect}
+        config["providers"]["vendor"] = provider
+        async with bare.session() as http, brimful.LLMManager.from_config(config) as manager:
+            client = manager.get_client()
+
+            async def ours(client: brimful.LLMClient = client) -> None:
+                pieces = 0
+                async with client.stream_complete(PROMPT) as stream:
+                    async for chunk in stream:
+                        pieces += bool(chunk.thinking or (chunk.tool_call and chunk.tool_call.arguments))
+                    (call,) = stream.response().tool_calls
+                assert call.arguments.endswith("]}")
+                assert pieces == canned.EVENTS + 2
+
+            async def theirs(http: aiohttp.ClientSession = http, url: str = theirs_at) -> None:
+                arguments = []
+                pieces = 0
+                async for thought, more in bare.rich(http, url, STREAM_BODY):
+                    pieces += bool(thought or more)
+                    if more:
+                        arguments.append(more)
+                assert "".join(arguments).endswith("]}")
+                assert pieces == canned.EVENTS + 2
+
+            works: dict[str, Work] = {"bare": theirs, "brimful": ours}
+            async with openai.AsyncOpenAI(api_key="bench-key-1", base_url=url, max_retries=0) as sdk:
+
+                async def vendors() -> None:
+                    asked: Any = STREAM_BODY
+                    stream = await sdk.chat.completions.create(**asked)
+                    assert len([chunk async for chunk in stream if chunk.choices]) > canned.EVENTS
+
+                if dialect == "openai":
+                    works["sdk"] = vendors
+                costs = await interleaved(works, calls=64, concurrency=32, rounds=rounds)
+        found[f"{dialect}, concurrency 32"] = compare(costs, "brimful", "bare", per=events)
+        if "sdk" in costs:
+            ratios = [a / b for a, b in zip(costs["sdk"], costs["brimful"], strict=True)]
+            found["OpenAI's SDK"] = {
+                "sdk_us": round(statistics.median(costs["sdk"]) / events, 2),
+                "over_brimful": round(statistics.median(ratios), 1),
+            }
+    return found
+
+
 async def profiled(work: Work, requests: int = 200) -> float:
     """Function calls a request, sequential, under cProfile."""
     for _ in range(20):
@@ -327,6 +383,7 @@ SECTIONS: dict[str, Callable[[CannedServer, int], Awaitable[dict[str, Any]]]] = 
     "whole": whole,
     "layers": layers,
     "streamed": streamed,
+    "rich": rich,
     "waiting": lambda base, _: waiting(base),
 }
 

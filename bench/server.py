@@ -2,8 +2,9 @@
 
 It imports nothing of the package. What it sends is realistic (a vendor's headers, a reply of 1 KB, events of 300
 bytes), and how it sends is the path's business: ``/v1/…`` answers at once, a streamed request under ``/burst/v1/…``
-gets all events in one segment, one under ``/paced/v1/…`` one event a segment. ``…/v1/messages`` is Anthropic's dialect
-(at once or in a burst), any other path OpenAI's.
+gets all events in one segment, one under ``/paced/v1/…`` one event a segment, one under ``/rich/v1/…`` a burst of
+thinking and of a tool's arguments. ``…/v1/messages`` is Anthropic's dialect (at once or in a burst), any other path
+OpenAI's.
 
 Run as a script it prints its port and serves until its standard input ends.
 """
@@ -100,6 +101,29 @@ BURST = HEAD + chunked(b"".join(PIECES)) + b"0\r\n\r\n"
 SEGMENTS = [HEAD + chunked(PIECES[0]), *map(chunked, PIECES[1:-1]), chunked(PIECES[-1]) + b"0\r\n\r\n"]
 
 
+ARGUMENT = '"piece %04d", '
+"""A piece of a tool's arguments, which are a list of such words."""
+RICH_PIECES = [
+    event({"role": "assistant", "content": None, "refusal": None}),
+    *(event({"reasoning_content": f" piece number {number:04d} of the thought"}) for number in range(EVENTS // 2)),
+    event(
+        {
+            "tool_calls": [
+                {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": ['}}
+            ]
+        }
+    ),
+    *(
+        event({"tool_calls": [{"index": 0, "function": {"arguments": ARGUMENT % number}}]})
+        for number in range(EVENTS // 2)
+    ),
+    event({"tool_calls": [{"index": 0, "function": {"arguments": '"end"]}'}}]}),
+    event({}, "tool_calls"),
+    event({}, usage=USAGE),
+    b"data: [DONE]\n\n",
+]
+RICH_BURST = HEAD + chunked(b"".join(RICH_PIECES)) + b"0\r\n\r\n"
+
 MESSAGE_USAGE = {
     "input_tokens": 21,
     "cache_creation_input_tokens": 0,
@@ -151,6 +175,33 @@ MESSAGE_PIECES = [
     ),
     message_event("message_stop"),
 ]
+RICH_MESSAGE_PIECES = [
+    message_event("message_start", message=message()),
+    message_event("content_block_start", index=0, content_block={"type": "thinking", "thinking": "", "signature": ""}),
+    *(
+        message_event(
+            "content_block_delta",
+            index=0,
+            delta={"type": "thinking_delta", "thinking": f" piece number {number:04d} of the thought"},
+        )
+        for number in range(EVENTS // 2)
+    ),
+    message_event("content_block_delta", index=0, delta={"type": "signature_delta", "signature": "c2ln" * 64}),
+    message_event("content_block_stop", index=0),
+    message_event(
+        "content_block_start", index=1, content_block={"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
+    ),
+    *(
+        message_event("content_block_delta", index=1, delta={"type": "input_json_delta", "partial_json": piece})
+        for piece in ('{"a": [', *(ARGUMENT % number for number in range(EVENTS // 2)), '"end"]}')
+    ),
+    message_event("content_block_stop", index=1),
+    message_event(
+        "message_delta", delta={"stop_reason": "tool_use", "stop_sequence": None}, usage={"output_tokens": 97}
+    ),
+    message_event("message_stop"),
+]
+RICH_MESSAGE_BURST = HEAD + chunked(b"".join(RICH_MESSAGE_PIECES)) + b"0\r\n\r\n"
 MESSAGE_BURST = HEAD + chunked(b"".join(MESSAGE_PIECES)) + b"0\r\n\r\n"
 
 
@@ -175,7 +226,9 @@ class Server(asyncio.Protocol):
         if len(self.buffer) < end + 4 + length:
             return
         self.buffer = b""
-        if b"/v1/messages" in head[:64]:
+        if b"/rich/" in head[:64]:
+            self.transport.write(RICH_MESSAGE_BURST if b"/v1/messages" in head[:64] else RICH_BURST)
+        elif b"/v1/messages" in head[:64]:
             self.transport.write(MESSAGE_BURST if b"/burst/" in head[:64] else MESSAGE_WHOLE)
         elif b"/burst/" in head[:64]:
             self.transport.write(BURST)

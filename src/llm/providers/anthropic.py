@@ -14,7 +14,7 @@ Sources: the vendor's API reference for both versions, and the errors it was see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
@@ -533,9 +533,11 @@ class AnthropicStream(EventStream):
         self._format = provider.format_tool(request)
 
     def _take(self, payloads: list[bytes], chunks: list[StreamChunk]) -> None:
+        # This loop runs for every token of every stream: what does not change is looked up once.
+        decode, say = _decode_event, chunks.append
         for data in payloads:
             try:
-                event = _decode_event(data)
+                event = decode(data)
             except UNREADABLE:
                 try:
                     event = _without_usage(data)
@@ -545,17 +547,31 @@ class AnthropicStream(EventStream):
             kind = event.type
             # Nearly all events are deltas.
             if kind == "content_block_delta":
-                if event.delta is not None:
-                    self._say(event.delta, chunks)
+                delta = event.delta
+                if delta is None:
+                    continue
+                block = self._block
+                if delta.text:
+                    self._content = True
+                    say(StreamChunk(delta.text))
+                elif delta.thinking:
+                    self._content = True
+                    say(StreamChunk("", delta.thinking))
+                    if block is not None:
+                        block.pieces.append(delta.thinking)
+                elif block is not None:
+                    if delta.partial_json:
+                        self._write(block, delta.partial_json, say)
+                    elif delta.signature:
+                        block.signature = delta.signature
             elif kind == "content_block_start":
-                block = event.content_block
-                if block is not None:
-                    if block.type == "text":
-                        if block.text:
-                            self._content = True
-                            chunks.append(StreamChunk(block.text))
-                    else:
-                        self._begin(block, data, chunks)
+                begun = event.content_block
+                if begun is not None:
+                    if begun.type != "text":
+                        self._begin(begun, data, chunks)
+                    elif begun.text:
+                        self._content = True
+                        say(StreamChunk(begun.text))
             elif kind == "content_block_stop":
                 if self._block is not None:
                     self._complete(self._block, chunks)
@@ -585,28 +601,15 @@ class AnthropicStream(EventStream):
                 self.error = self._provider.classify(self._request, 200, {}, data)
                 return
 
-    def _say(self, delta: _Delta, chunks: list[StreamChunk]) -> None:
-        block = self._block
-        if delta.text:
+    def _write(self, block: _Open, piece: str, say: Callable[[StreamChunk], None]) -> None:
+        """More of a tool's arguments, or of the answer itself where a tool stands for its form."""
+        block.pieces.append(piece)
+        if block.call >= 0:
             self._content = True
-            chunks.append(StreamChunk(delta.text))
-        elif delta.thinking:
+            say(StreamChunk("", "", "", None, None, ToolCallDelta(block.call, "", "", piece)))
+        elif block.is_format:
             self._content = True
-            chunks.append(StreamChunk("", delta.thinking))
-            if block is not None:
-                block.pieces.append(delta.thinking)
-        elif delta.partial_json:
-            if block is None:
-                return
-            block.pieces.append(delta.partial_json)
-            if block.call >= 0:
-                self._content = True
-                chunks.append(StreamChunk(tool_call=ToolCallDelta(block.call, arguments=delta.partial_json)))
-            elif block.is_format:
-                self._content = True
-                chunks.append(StreamChunk(delta.partial_json))
-        elif delta.signature and block is not None:
-            block.signature = delta.signature
+            say(StreamChunk(piece))
 
     def _begin(self, block: _Block, data: bytes, chunks: list[StreamChunk]) -> None:
         """A block that is not text has begun."""

@@ -12,7 +12,7 @@ Sources: the vendor's API reference, and what compatible servers were seen to se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -334,7 +334,7 @@ class OpenAIStream(EventStream):
     The last chunk comes with ``[DONE]``, because the usage arrives after the stop reason.
     """
 
-    __slots__ = ("_broken_off", "_calls", "_custom", "_format", "_refused", "_thought", "_thought_as")
+    __slots__ = ("_add", "_broken_off", "_calls", "_custom", "_format", "_refused", "_thought", "_thought_as")
 
     terminal = "[DONE]"
 
@@ -344,6 +344,7 @@ class OpenAIStream(EventStream):
         self._custom = custom
         self._refused = False
         self._calls = Calls()
+        self._add = self._calls.add
         self._format = provider.format_tool(request)
         self._thought: list[str] = []
         self._thought_as = ""
@@ -380,14 +381,20 @@ class OpenAIStream(EventStream):
                 delta = choice.delta
                 if delta is not None:
                     text = delta.content
-                    unthought = delta.reasoning_content is delta.reasoning is None
-                    if type(text) is str and unthought and delta.refusal is None and not delta.tool_calls:
-                        # Text and nothing else: what nearly every event of a stream is.
+                    calls, thought = delta.tool_calls, delta.reasoning_content
+                    if delta.refusal is not None or delta.reasoning is not None or isinstance(text, list):
+                        self._say(delta, chunks)
+                    # One thing and nothing else is what nearly every event of a stream is.
+                    elif thought is None and calls is None:
                         if text:
                             self._content = True
                             say(StreamChunk(text))
-                    else:
+                    elif text or (thought and calls):
                         self._say(delta, chunks)
+                    elif thought:
+                        self._think(thought, "reasoning_content", say)
+                    elif calls:
+                        self._call(calls, say)
                 if choice.usage is not None:
                     self.usage = _usage(choice.usage)
                 reason = choice.finish_reason
@@ -420,28 +427,40 @@ class OpenAIStream(EventStream):
             super()._end_early(pending, chunks)
 
     def _say(self, delta: _Words, chunks: list[StreamChunk]) -> None:
-        thinking = _thinking(delta)
-        if thinking:
-            self._content = True
-            chunks.append(StreamChunk("", thinking))
-            if delta.reasoning_content or delta.reasoning:
-                self._thought.append(thinking)
-                self._thought_as = "reasoning_content" if delta.reasoning_content else "reasoning"
+        say = chunks.append
+        if delta.reasoning_content:
+            self._think(delta.reasoning_content, "reasoning_content", say)
+        elif delta.reasoning:
+            self._think(delta.reasoning, "reasoning", say)
         if delta.content:
-            text = _text(delta.content)
+            thinking, text = _thought_in(delta.content), _text(delta.content)
+            self._content = self._content or bool(thinking or text)
+            if thinking:
+                say(StreamChunk("", thinking))
             if text:
-                self._content = True
-                chunks.append(StreamChunk(text))
+                say(StreamChunk(text))
         if delta.refusal:
-            chunks.append(StreamChunk("", "", delta.refusal))
+            say(StreamChunk("", "", delta.refusal))
             self._content = self._refused = True
-        for call in delta.tool_calls or ():
-            piece = self._calls.add(call)
-            self._content = True
-            if self._calls.name(piece.index) != self._format:
-                chunks.append(StreamChunk(tool_call=piece))
+        if delta.tool_calls:
+            self._call(delta.tool_calls, say)
+
+    def _think(self, thought: str, name: str, say: Callable[[StreamChunk], None]) -> None:
+        """More of what is thought, which the server calls *name*."""
+        self._content = True
+        self._thought.append(thought)
+        self._thought_as = name
+        say(StreamChunk("", thought))
+
+    def _call(self, calls: Sequence[WireCall], say: Callable[[StreamChunk], None]) -> None:
+        """More of the tool calls, or of the answer itself where a tool stands for its form."""
+        self._content = True
+        for call in calls:
+            piece = self._add(call)
+            if self._format is None or self._calls.name(piece.index) != self._format:
+                say(StreamChunk("", "", "", None, None, piece))
             elif piece.arguments:
-                chunks.append(StreamChunk(piece.arguments))
+                say(StreamChunk(piece.arguments))
 
     def _finish(self, chunks: list[StreamChunk]) -> None:
         reason = self.stop_reason or StopReason.UNKNOWN
@@ -485,10 +504,12 @@ def _text(content: str | list[_Part] | None) -> str:
 
 
 def _thinking(words: _Words) -> str:
-    thinking = words.reasoning_content or words.reasoning or ""
-    if isinstance(words.content, list):
-        thinking += "".join(_text(part.thinking) for part in words.content)
-    return thinking
+    return (words.reasoning_content or words.reasoning or "") + _thought_in(words.content)
+
+
+def _thought_in(content: str | list[_Part] | None) -> str:
+    """What Mistral's models think, which they tell in parts of the content."""
+    return "".join(_text(part.thinking) for part in content) if isinstance(content, list) else ""
 
 
 def _without_usage(body: bytes) -> _Reply:

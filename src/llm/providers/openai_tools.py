@@ -57,7 +57,14 @@ class Calls:
 
     def add(self, piece: WireCall, *, whole: bool = False) -> ToolCallDelta:
         """Take *piece* in; a *whole* call is always a new one."""
-        function = piece.function or _Function()
+        function = piece.function
+        if not whole and piece.id is None and piece.index is not None and function is not None:
+            # More arguments of a call that has begun: what nearly every piece is.
+            known, more = self._places.get(piece.index), function.arguments
+            if known is not None and type(more) is str and piece.extra_content is _NO_EXTRA:
+                self._calls[known].pieces.append(more)
+                return ToolCallDelta(known, "", "", more)
+        function = function or _Function()
         arguments = function.arguments or ""
         if not isinstance(arguments, str):
             arguments = msgspec.json.encode(arguments).decode()

@@ -6,6 +6,7 @@ without its blank line is discarded; who wants it, because a server forgets that
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
@@ -14,6 +15,8 @@ MAX_EVENT_BYTES: Final = 8 * 1024 * 1024
 """Far above any text event, below what a hostile server needs to exhaust memory."""
 
 _BOM: Final = b"\xef\xbb\xbf"
+_NAMED: Final = re.compile(rb"^event: [^\n]*\ndata: ([^\n]*)$", re.MULTILINE).findall
+"""The data of each event of two lines, its name and its data: the other shape of a vendor's."""
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -67,21 +70,22 @@ class SSEDecoder:
             # Most reads bring events of one line each and nothing else, but for the cut ones at their edges. Then there
             # are as many pairs of newlines as events, less one.
             head = bytes(buffer) + data[:end] if buffer else data[:end]
-            payloads = head[6:].split(b"\n\ndata: ")
-            if head[:6] == b"data: " and head.count(b"\n") == 2 * len(payloads) - 2 and b"\r" not in data:
+            if head[:6] == b"data: ":
+                payloads = head[6:].split(b"\n\ndata: ")
+                plain = head.count(b"\n") == 2 * len(payloads) - 2
+            else:
+                # With a line for the name each event has one newline more.
+                payloads = _NAMED(head)
+                plain = head.count(b"\n") == 3 * len(payloads) - 2
+            if plain and b"\r" not in data:
                 buffer[:] = data[end + 2 :]
                 self._at_start = False
                 return payloads
         payloads = []
         for block in self._blocks(data):
-            # The other shape of a vendor's; _parse reads all there are.
-            name, _, rest = block.partition(b"\n")
-            if name[:7] == b"event: " and rest[:6] == b"data: " and b"\n" not in rest:
-                payloads.append(rest[6:])
-            else:
-                events: list[Event] = []
-                self._parse(block, events)
-                payloads += [event.data for event in events]
+            events: list[Event] = []
+            self._parse(block, events)
+            payloads += [event.data for event in events]
         return payloads
 
     def _blocks(self, data: bytes) -> list[bytes]:
