@@ -21,8 +21,7 @@ def partial_json(text: str) -> Any:
     open_ones: list[str] = []
     in_string = escaped = False
     keep = 0
-    """How much of the text can be closed as it is, and with what."""
-    closing = ""
+    """How much of the text can be closed as it is: no bracket stands after it."""
     awaiting_value = False
     is_key: list[bool] = []
     for at, sign in enumerate(text):
@@ -34,19 +33,19 @@ def partial_json(text: str) -> Any:
             elif sign == '"':
                 in_string = False
                 if not (is_key and is_key[-1]):
-                    keep, closing = at + 1, _close(open_ones)
+                    keep = at + 1
             continue
         if sign == '"':
             in_string = True
         elif sign in "{[":
             open_ones.append(sign)
             is_key.append(sign == "{")
-            keep, closing = at + 1, _close(open_ones)
+            keep = at + 1
         elif sign in "}]":
             if not open_ones or _CLOSING[open_ones.pop()] != sign:
                 return NOTHING
             is_key.pop()
-            keep, closing = at + 1, _close(open_ones)
+            keep = at + 1
             if not open_ones:
                 break
         elif sign == ":":
@@ -54,7 +53,7 @@ def partial_json(text: str) -> Any:
                 is_key[-1] = False
         elif sign == ",":
             # What stood before it is complete.
-            keep, closing = at, _close(open_ones)
+            keep = at
             if is_key and open_ones[-1] == "{":
                 is_key[-1] = True
         elif sign in " \t\r\n":
@@ -65,7 +64,7 @@ def partial_json(text: str) -> Any:
         return found
     if awaiting_value and not open_ones and not keep:
         return _decoded(text)
-    return _decoded(text[:keep] + closing) if keep else NOTHING
+    return _decoded(text[:keep] + _close(open_ones)) if keep else NOTHING
 
 
 def _string_so_far(text: str, open_ones: list[str]) -> Any:
