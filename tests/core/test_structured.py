@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
@@ -180,6 +181,19 @@ async def test_a_value_is_seen_growing() -> None:
         {"name": "Oslo", "people": 700_000, "river": None},
         OSLO,
     ]
+
+
+async def test_words_around_a_growing_value_are_left_out() -> None:
+    pieces = ["Here it is: ", '```{"name":"Os', 'lo","people":700000}``', "` Anything else?"]
+    async with rig([stream(*map(delta, pieces), END)]) as r:
+        seen = [value async for value in r.client.stream_parse(PROMPT, into=City)]
+    assert seen == [{"name": "Os"}, {"name": "Oslo", "people": 700_000}, OSLO]
+
+
+async def test_who_has_seen_enough_of_a_growing_value_can_leave() -> None:
+    script = [stream(delta('{"name":"Os'), delta('lo"'), END)]
+    async with rig(script) as r, aclosing(r.client.stream_parse(PROMPT, into=City)) as values:
+        assert await anext(values) == {"name": "Os"}
 
 
 async def test_a_streamed_value_that_does_not_fit_is_an_error_after_what_was_seen() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from ..utils.partial_json import NOTHING, partial_json
+from ..utils.partial_json import NOTHING, PartialJSON
 from ..utils.schema import Shape, resolved, shape_of, strict_schema
 from .exceptions import LLMContentFilteredError, LLMException, LLMInvalidRequestError, LLMProtocolError
 from .types import LLMResponse, Message, MessageRole, OutputFormat, StopReason
@@ -94,13 +94,18 @@ def misfit(response: LLMResponse, complaint: str) -> LLMProtocolError:
 
 async def growing(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """What can be told of the answer's value, each time that there is more of it."""
-    text = ""
+    grown = PartialJSON()
+    begun = False
     last: Any = NOTHING
     async for chunk in chunks:
-        if not chunk.text:
+        piece = chunk.text
+        if not begun:
+            # Some models say a word before it.
+            _, brace, rest = piece.partition("{")
+            piece, begun = brace + rest, bool(brace)
+        if not piece:
             continue
-        text += chunk.text
-        value = partial_json(text[text.find("{") :] if "{" in text else text)
+        value = grown.feed(piece)
         if value is not NOTHING and value != last:
             last = value
             yield value
