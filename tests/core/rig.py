@@ -63,6 +63,29 @@ def answer(text: str = "hello", *, model: str = "m", tokens: tuple[int, int] = (
     return Scripted(200, JSON | {"x-request-id": "req-1"}, msgspec.json.encode(body), **more)
 
 
+def asking(*calls: tuple[str, Any], text: str | None = None, reason: str = "tool_calls") -> Scripted:
+    """An answer that asks for tools: their names, and their arguments or what stands in their place."""
+    wired = [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {
+                "name": name,
+                "arguments": given if isinstance(given, str) else msgspec.json.encode(given).decode(),
+            },
+        }
+        for number, (name, given) in enumerate(calls, 1)
+    ]
+    message = {"role": "assistant", "content": text, "tool_calls": wired}
+    body = {
+        "id": "chatcmpl-1",
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+    return Scripted(200, JSON, msgspec.json.encode(body))
+
+
 def delta(text: str) -> bytes:
     """One event of a stream."""
     chunk = {"id": "chatcmpl-1", "model": "m", "choices": [{"index": 0, "delta": {"content": text}}]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from contextlib import aclosing
+from typing import Any, Literal
 
 import msgspec
 import pydantic
@@ -11,7 +12,7 @@ import pytest
 
 from llm.core.exceptions import LLMContentFilteredError, LLMInvalidRequestError, LLMProtocolError
 from llm.testing.transport import Scripted
-from tests.core.rig import END, JSON, PROMPT, Rig, answer, delta, rig, stream
+from tests.core.rig import END, JSON, PROMPT, Rig, answer, asking, delta, rig, stream
 
 
 @dataclasses.dataclass
@@ -94,6 +95,55 @@ async def test_repairs_are_bounded_and_the_last_answer_is_kept() -> None:
         assert len(r.transport.requests) == 1
 
 
+async def test_fewer_than_no_repairs_are_refused() -> None:
+    async with rig([]) as r:
+        with pytest.raises(LLMInvalidRequestError, match="repairs: expected 0 or more, got -1"):
+            await r.client.parse(PROMPT, into=City, repairs=-1)
+        assert r.transport.requests == []
+
+
+async def test_a_call_of_a_tool_in_place_of_an_answer_is_not_sent_back_unanswered() -> None:
+    """A vendor refuses a conversation in which a call has no result."""
+
+    def look_up(name: str) -> str:
+        return name
+
+    async with rig([asking(("look_up", {"name": "Oslo"}), text="Let me see."), answer(GOOD)]) as r:
+        assert await r.client.parse(PROMPT, into=City, tools=[look_up]) == OSLO
+        said = asked(r, 1)["messages"][1]
+    assert said == {"role": "assistant", "content": "Let me see."}
+
+
+async def test_a_choice_of_words_is_asked_for_with_its_type() -> None:
+    """OpenAI answers a strict schema without one with 400."""
+
+    class Mood(msgspec.Struct):
+        word: Literal["glad", "sad"]
+
+    async with rig([answer('{"word":"glad"}')]) as r:
+        assert await r.client.parse(PROMPT, into=Mood) == Mood("glad")
+        form = asked(r)["response_format"]["json_schema"]
+    assert (form["strict"], form["schema"]["properties"]) == (
+        True,
+        {"word": {"enum": ["glad", "sad"], "type": "string"}},
+    )
+
+
+TREE = {"type": "object", "properties": {"left": {"$ref": "#"}, "any": True}}
+
+
+async def test_a_schema_that_holds_itself_is_read_to_its_depth() -> None:
+    async with rig([answer('{"left":{"left":{}},"any":[null]}')]) as r:
+        assert await r.client.parse(PROMPT, into=TREE) == {"left": {"left": {}}, "any": [None]}
+
+
+async def test_an_answer_nested_too_deeply_does_not_fit() -> None:
+    deep = '{"left":' * 900 + "{}" + "}" * 900
+    async with rig([answer(deep)]) as r:
+        with pytest.raises(LLMProtocolError, match="does not fit"):
+            await r.client.parse(PROMPT, into=TREE, repairs=0)
+
+
 def ended(text: str, reason: str, refusal: str | None = None) -> Scripted:
     message = {"role": "assistant", "content": text, "refusal": refusal}
     body = {"id": "1", "model": "m", "choices": [{"index": 0, "message": message, "finish_reason": reason}]}
@@ -131,6 +181,19 @@ async def test_a_value_is_seen_growing() -> None:
         {"name": "Oslo", "people": 700_000, "river": None},
         OSLO,
     ]
+
+
+async def test_words_around_a_growing_value_are_left_out() -> None:
+    pieces = ["Here it is: ", '```{"name":"Os', 'lo","people":700000}``', "` Anything else?"]
+    async with rig([stream(*map(delta, pieces), END)]) as r:
+        seen = [value async for value in r.client.stream_parse(PROMPT, into=City)]
+    assert seen == [{"name": "Os"}, {"name": "Oslo", "people": 700_000}, OSLO]
+
+
+async def test_who_has_seen_enough_of_a_growing_value_can_leave() -> None:
+    script = [stream(delta('{"name":"Os'), delta('lo"'), END)]
+    async with rig(script) as r, aclosing(r.client.stream_parse(PROMPT, into=City)) as values:
+        assert await anext(values) == {"name": "Os"}
 
 
 async def test_a_streamed_value_that_does_not_fit_is_an_error_after_what_was_seen() -> None:

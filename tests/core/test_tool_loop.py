@@ -7,39 +7,16 @@ import threading
 from typing import Any
 
 import msgspec
+import pydantic
 import pytest
 
 from llm.core.content import Image, Text, ToolCall, ToolResult
 from llm.core.exceptions import LLMDeadlineExceededError, LLMInvalidRequestError, LLMOverloadedError
 from llm.core.tools import Tool
 from llm.core.types import LLMResponse, MessageRole
-from llm.testing.transport import Scripted
-from tests.core.rig import JSON, PROMPT, Rig, answer, configuration, failure, rig
+from tests.core.rig import PROMPT, Rig, answer, asking, configuration, failure, rig
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def asking(*calls: tuple[str, Any], text: str | None = None, reason: str = "tool_calls") -> Scripted:
-    """An answer that asks for tools: their names, and their arguments or what stands in their place."""
-    wired = [
-        {
-            "id": f"call_{number}",
-            "type": "function",
-            "function": {
-                "name": name,
-                "arguments": given if isinstance(given, str) else msgspec.json.encode(given).decode(),
-            },
-        }
-        for number, (name, given) in enumerate(calls, 1)
-    ]
-    message = {"role": "assistant", "content": text, "tool_calls": wired}
-    body = {
-        "id": "chatcmpl-1",
-        "model": "m",
-        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
-    }
-    return Scripted(200, JSON, msgspec.json.encode(body))
 
 
 def results(r: Rig, index: int = -1) -> list[str]:
@@ -82,6 +59,18 @@ def fails(a: int) -> int:
     raise RuntimeError("out of order")
 
 
+def runs_out() -> object:
+    return next(iter(()))
+
+
+async def gives_up() -> None:
+    raise TimeoutError("the database did not answer")
+
+
+def misses() -> None:
+    raise FileNotFoundError("no \udcff.txt")
+
+
 def _refuses(call: ToolCall) -> bool:
     return False
 
@@ -99,6 +88,9 @@ async def _thinks_it_over(call: ToolCall) -> bool:
     ("name", "given", "approve", "told"),
     [
         ("fails", {"a": 1}, None, "RuntimeError: out of order"),
+        ("runs_out", {}, None, "StopIteration"),
+        ("gives_up", {}, None, "TimeoutError: the database did not answer"),
+        ("misses", {}, None, "FileNotFoundError: no ?.txt"),
         ("add", {"a": "x"}, None, "Expected `int`, got `str` - at `$.a`"),
         ("add", '{"a":', None, "the arguments of add are no JSON"),
         ("add", "[1]", None, "the arguments are no JSON object"),
@@ -110,7 +102,8 @@ async def _thinks_it_over(call: ToolCall) -> bool:
 )
 async def test_what_goes_wrong_in_a_tool_is_told_to_the_model(name: str, given: Any, approve: Any, told: str) -> None:
     async with rig([asking((name, given)), answer("well")]) as r:
-        run = await r.client.run_tools(PROMPT, tools=[add, fails], approve=approve)
+        tools = [add, fails, runs_out, gives_up, misses]
+        run = await r.client.run_tools(PROMPT, tools=tools, approve=approve, timeout=60.0, tool_timeout=60.0)
         assert len(results(r)) == 1
         assert told in results(r)[0]
     assert run.finished
@@ -148,6 +141,42 @@ async def test_one_deadline_holds_over_all_rounds() -> None:
         with pytest.raises(LLMDeadlineExceededError):
             await task
         assert len(r.transport.requests) == 1
+
+
+async def test_the_deadline_holds_for_who_approves() -> None:
+    async def never(call: ToolCall) -> bool:
+        await asyncio.Event().wait()
+        return True
+
+    async with rig([asking(("add", {"a": 1}))]) as r:
+        task = asyncio.create_task(r.client.run_tools(PROMPT, tools=[add], timeout=5.0, approve=never))
+        await r.clock.advance(5.1)
+        with pytest.raises(LLMDeadlineExceededError):
+            await task
+
+
+async def test_what_goes_wrong_in_approving_is_the_callers() -> None:
+    def breaks(call: ToolCall) -> bool:
+        raise TimeoutError("nobody at the desk")
+
+    async with rig([asking(("add", {"a": 1}))]) as r:
+        with pytest.raises(TimeoutError, match="nobody at the desk"):
+            await r.client.run_tools(PROMPT, tools=[add], timeout=5.0, approve=breaks)
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ({"max_rounds": 0}, "max_rounds: expected a positive number, got 0"),
+        ({"max_concurrency": 0}, "max_concurrency: expected a positive number, got 0"),
+        ({"tool_timeout": 0.0}, "tool_timeout: expected a positive number of seconds, got 0.0"),
+    ],
+)
+async def test_bounds_that_let_nothing_happen_are_refused(option: dict[str, Any], complaint: str) -> None:
+    async with rig([]) as r:
+        with pytest.raises(LLMInvalidRequestError, match=complaint):
+            await r.client.run_tools(PROMPT, tools=[add], **option)
+        assert r.transport.requests == []
 
 
 async def test_at_most_so_many_tools_run_at_a_time() -> None:
@@ -243,12 +272,19 @@ async def test_each_round_is_shown_while_it_goes() -> None:
     assert [len(response.tool_calls) for response in seen] == [1, 0]
 
 
+class Person(pydantic.BaseModel):
+    name: str
+
+
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
         ({"a": [1]}, '{"a":[1]}'),
         (None, "done"),
         (1.5, "1.5"),
+        (Person(name="Ann"), '{"name":"Ann"}'),
+        ({"all": [Person(name="Ann")]}, '{"all":[{"name":"Ann"}]}'),
+        ("half a \ud83d", "half a ?"),
         (Tool(name="t"), '{"name":"t"'),
         (object, "<class 'object'>"),
         ([Text("one"), Text("two")], [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]),

@@ -128,6 +128,28 @@ def test_arguments_that_do_not_fit_are_a_value_error(given: dict[str, Any], comp
         run(**given)
 
 
+class Team(pydantic.BaseModel):
+    lead: Person
+
+
+def test_models_that_hold_models_are_arguments() -> None:
+    def hire(team: Team, others: list[Person]) -> str:
+        return " ".join([team.lead.name, *(other.name for other in others)])
+
+    made = tool_of(hire)
+    assert set(made.parameters["$defs"]) == {"Person"}
+    assert made.run is not None
+    assert made.run(team={"lead": {"name": "Ann"}}, others=[{"name": "Bo"}]) == "Ann Bo"
+
+
+def test_what_may_be_anything_cannot_be_strict() -> None:
+    def store(value: Any) -> None:
+        """Its argument has no type."""
+
+    with pytest.raises(LLMInvalidRequestError, match="store: .* what may be anything"):
+        tool(store, strict=True)
+
+
 def test_a_null_for_what_may_be_left_out_is_taken_for_that() -> None:
     run = tool_of(weather).run
     assert run is not None
@@ -193,6 +215,7 @@ def test_some_of_a_tool_can_be_said_otherwise() -> None:
         (lambda *args: args, "cannot be one"),
         (lambda **given: given, "cannot be one"),
         (object, "cannot be read from JSON"),
+        (max, "max: it has no signature to read"),
     ],
 )
 def test_what_is_no_tool_is_refused(value: Any, complaint: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.utils.partial_json import NOTHING, partial_json
+from llm.utils.partial_json import NOTHING, PartialJSON, partial_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-1000, 1000) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -37,6 +37,19 @@ def test_every_beginning_of_a_text_agrees_with_the_whole(value: Any, escaped: bo
         if early is not NOTHING and isinstance(value, (dict, list, str)):
             assert agrees(early, value), text[:end]
     assert partial_json(text) == value
+
+
+SIGNS = st.text(st.sampled_from('{}[]",:\\ 1tue"ab'), max_size=20)
+
+
+@given(text=SIGNS | VALUES.map(json.dumps), sizes=st.lists(st.integers(1, 7), min_size=1))
+def test_a_text_in_pieces_is_what_it_is_in_one(text: str, sizes: list[int]) -> None:
+    growing, end = PartialJSON(), 0
+    while end < len(text):
+        for size in sizes:
+            found = growing.feed(text[end : end + size])
+            end += size
+            assert found == partial_json(text[:end]), text[:end]
 
 
 @given(st.text())
@@ -69,3 +82,8 @@ def test_nothing_makes_it_raise(text: str) -> None:
 )
 def test_what_is_told_of_a_beginning(text: str, value: Any) -> None:
     assert partial_json(text) == value
+
+
+def test_depth_does_not_multiply_the_work() -> None:
+    """Brackets without end from a model that has lost its way; if each were closed anew, this would take minutes."""
+    assert partial_json("[" * 200_000) is NOTHING

@@ -46,6 +46,17 @@ class Tree(msgspec.Struct):
     left: Tree | None = None
 
 
+class Node(pydantic.BaseModel):
+    value: int
+    next: Node | None = None
+
+
+@dataclasses.dataclass
+class Route:
+    start: Inner
+    stops: list[Model]
+
+
 class Entry(TypedDict):
     key: str
     note: NotRequired[str]
@@ -67,7 +78,15 @@ PLAIN = {
         (Inner, "Inner", {"model": {"city": "Oslo"}}, Inner(model=Model(city="Oslo"))),
         (Place, "Place", {"city": "Oslo", "unit": "F"}, Place("Oslo", unit=Unit.F)),
         (Tree, "Tree", {"value": 1, "left": {"value": 2}}, Tree(1, Tree(2))),
+        (Node, "Node", {"value": 1, "next": {"value": 2}}, Node(value=1, next=Node(value=2))),
+        (
+            Route,
+            "Route",
+            {"start": {"model": {"city": "Oslo"}}, "stops": [{"city": "Bergen"}]},
+            Route(Inner(model=Model(city="Oslo")), [Model(city="Bergen")]),
+        ),
         (Entry, "Entry", {"key": "k"}, {"key": "k"}),
+        ({"$ref": "#/$defs/N", "$defs": {"N": PLAIN}}, "answer", {"n": 1}, {"n": 1}),
         (PLAIN, "count_it", {"n": 1, "kind": "a"}, {"n": 1, "kind": "a"}),
         (list[int], "list", {"value": [1, 2]}, [1, 2]),
         (Literal["x", "y"], "Literal", {"value": "x"}, "x"),
@@ -108,9 +127,29 @@ def test_what_does_not_fit_is_told_with_its_place(into: Any, bad: Any, complaint
     assert "pydantic.dev" not in str(caught.value)
 
 
-def test_a_type_that_nobody_reads_is_refused() -> None:
-    with pytest.raises(TypeError, match="cannot be read"):
-        shape_of(object())
+def _other_model() -> type:
+    class Model(pydantic.BaseModel):
+        size: int
+
+    class Inner(pydantic.BaseModel):
+        model: Model
+
+    return Inner
+
+
+@pytest.mark.parametrize(
+    ("into", "complaint"),
+    [
+        (object(), "cannot be read"),
+        (tuple[Inner, _other_model()], "two types in it are called Model"),  # type: ignore[misc]  # made at run time
+        ({"properties": {"a": {"$ref": "#/$defs/A"}}}, "'#/$defs/A' leads to no schema"),
+        ({"properties": {"a": {"$ref": "https://example.org/a"}}}, "leads to no schema"),
+        ({"$ref": "#"}, "'#' leads to no schema"),
+    ],
+)
+def test_a_type_that_nobody_reads_is_refused(into: Any, complaint: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(complaint)):
+        shape_of(into)
 
 
 @pytest.mark.parametrize(
@@ -120,11 +159,20 @@ def test_a_type_that_nobody_reads_is_refused() -> None:
         ("b", {"const": "a"}, "$: expected 'a', got 'b'"),
         ([{"n": "x"}], {"items": {"$ref": "#/$defs/N"}, "$defs": {"N": PLAIN}}, "$[0].n: expected integer"),
         (None, {"type": ["string", "integer"]}, "expected ['string', 'integer']"),
+        (1, {"allOf": [{"type": "integer"}, {"type": "string"}]}, "$: expected string, got int"),
+        ({"a": {"a": 1}}, {"type": "object", "properties": {"a": {"$ref": "#"}}}, "$.a.a: expected object, got int"),
+        ({"a": 1}, {"properties": {"a": False}}, "$.a: nothing is expected here"),
+        ([1], {"items": False}, "$[0]: nothing is expected here"),
     ],
 )
 def test_a_schema_is_checked_as_far_as_it_describes_shape(value: Any, schema: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(complaint)):
         check(value, schema)
+
+
+@pytest.mark.parametrize("schema", [True, {}, {"items": True}, {"items": [{"type": "string"}]}, {"prefixItems": [{}]}])
+def test_a_schema_that_asks_for_nothing_takes_anything(schema: Any) -> None:
+    check([1], schema)
 
 
 # ------------------------------------------------------------------------------------------------------------ strict
@@ -168,10 +216,31 @@ def test_what_strictness_cannot_say_is_said_in_words() -> None:
         {"type": "object", "properties": {"a": {"type": "object", "additionalProperties": True}}},
         {"type": "object", "properties": {"a": {"allOf": [{"type": "string"}, {"minLength": 1}]}}},
         {"type": "object", "properties": {"a": {"type": "array", "prefixItems": [{"type": "string"}]}}},
+        {"type": "object", "properties": {"a": {"type": "array"}}},
+        {"type": "object", "properties": {"a": {"type": "array", "items": [{"type": "string"}]}}},
+        {"type": "object", "properties": {"a": {}}},
+        {"type": "object", "properties": {"a": True}},
+        {"type": "object", "properties": {"a": {"const": {"b": 1}}}},
+        {"type": "object", "properties": {"a": {"$ref": "#/definitions/A"}}, "definitions": {"A": {"type": "string"}}},
     ],
 )
-def test_what_may_hold_any_key_cannot_be_strict(schema: Any) -> None:
+def test_what_may_hold_anything_cannot_be_strict(schema: Any) -> None:
     assert strict_schema(schema) is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "kind"),
+    [
+        ({"enum": ["a", "b"]}, "string"),
+        ({"enum": [1, 2.5, None]}, ["integer", "number", "null"]),
+        ({"const": True}, "boolean"),
+    ],
+)
+def test_what_is_one_of_a_few_says_its_type_when_strict(schema: Any, kind: Any) -> None:
+    strict = strict_schema({"properties": {"a": schema}, "required": ["a"]})
+    assert strict is not None
+    assert strict["type"] == "object"
+    assert strict["properties"]["a"] == {**schema, "type": kind}
 
 
 def test_a_reference_with_a_description_is_one_still() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
@@ -293,7 +293,7 @@ class LLMClient:
         *,
         model: str | None = None,
         **options: Unpack[CallOptions],
-    ) -> AsyncIterator[T | dict[str, Any]]:
+    ) -> AsyncGenerator[T | dict[str, Any], None]:
         """The answer's value as it grows: what has come of it as plain JSON values, and at last a value of *into*.
 
         Raises as ``parse`` does; nothing is repaired.

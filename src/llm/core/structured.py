@@ -7,8 +7,8 @@ from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 
-from ..utils.partial_json import NOTHING, partial_json
-from ..utils.schema import Shape, shape_of, strict_schema
+from ..utils.partial_json import NOTHING, PartialJSON
+from ..utils.schema import Shape, resolved, shape_of, strict_schema
 from .exceptions import LLMContentFilteredError, LLMException, LLMInvalidRequestError, LLMProtocolError
 from .types import LLMResponse, Message, MessageRole, OutputFormat, StopReason
 
@@ -47,6 +47,8 @@ async def parse(
     ask: Ask, messages: tuple[Message, ...], into: type[T] | Mapping[str, Any], *, repairs: int, options: Any
 ) -> T:
     """The answer as a value of *into*; ``LLMClient.parse`` explains the rest."""
+    if repairs < 0:
+        raise LLMInvalidRequestError(f"repairs: expected 0 or more, got {repairs!r}")
     shape, wanted = shape_for(into)
     for left in range(repairs, -1, -1):
         response = await ask(messages, **{**options, "output_format": wanted})
@@ -74,6 +76,8 @@ def read(shape: Shape[T], response: LLMResponse) -> T:
     try:
         value = _decoded(response.text)
         return shape.read(_without_nulls(value, shape.schema))
+    except RecursionError:
+        raise ValueError("this is nested too deeply") from None
     except ValueError:
         if response.stop_reason is StopReason.LENGTH:
             cut = LLMProtocolError("the answer was cut before its JSON was complete; allow more max_tokens")
@@ -90,13 +94,18 @@ def misfit(response: LLMResponse, complaint: str) -> LLMProtocolError:
 
 async def growing(chunks: AsyncIterator[Any]) -> AsyncIterator[Any]:
     """What can be told of the answer's value, each time that there is more of it."""
-    text = ""
+    grown = PartialJSON()
+    begun = False
     last: Any = NOTHING
     async for chunk in chunks:
-        if not chunk.text:
+        piece = chunk.text
+        if not begun:
+            # Some models say a word before it.
+            _, brace, rest = piece.partition("{")
+            piece, begun = brace + rest, bool(brace)
+        if not piece:
             continue
-        text += chunk.text
-        value = partial_json(text[text.find("{") :] if "{" in text else text)
+        value = grown.feed(piece)
         if value is not NOTHING and value != last:
             last = value
             yield value
@@ -113,14 +122,12 @@ def _decoded(text: str) -> Any:
     raise ValueError(f"this is no JSON: {complaint}")
 
 
-def _without_nulls(value: Any, schema: dict[str, Any], root: dict[str, Any] | None = None) -> Any:
+def _without_nulls(value: Any, schema: Any, root: dict[str, Any] | None = None) -> Any:
     """*value* without the nulls by which a strict answer says that something optional is not there."""
+    if not isinstance(schema, dict):
+        return value
     root = schema if root is None else root
-    while "$ref" in schema:
-        target: Any = root
-        for step in schema["$ref"].removeprefix("#/").split("/"):
-            target = target[step]
-        schema = target
+    schema = resolved(schema, root)
     if isinstance(value, dict) and "properties" in schema:
         required = schema.get("required", ())
         named = schema["properties"]
@@ -129,14 +136,17 @@ def _without_nulls(value: Any, schema: dict[str, Any], root: dict[str, Any] | No
             for key, inner in value.items()
             if inner is not None or key in required or key not in named
         }
-    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+    if isinstance(value, list) and "items" in schema:
         return [_without_nulls(item, schema["items"], root) for item in value]
     return value
 
 
 def _shown(response: LLMResponse) -> Message:
     """The answer that did not fit, as what was said before; an empty one would be refused."""
-    return response.message if response.text else Message(MessageRole.ASSISTANT, "(nothing)")
+    if response.tool_calls or not response.text:
+        # A call that nobody answers would be refused, and so would the thinking that led to it without it.
+        return Message(MessageRole.ASSISTANT, response.text or "(nothing)")
+    return response.message
 
 
 def _of(error: E, response: LLMResponse) -> E:

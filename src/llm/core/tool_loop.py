@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, cast
 
 import msgspec
 
+from ..utils.alarms import Limit
 from ..utils.clock import Clock
 from .content import Document, Image, Text, ToolCall, ToolResult
-from .exceptions import LLMDeadlineExceededError
+from .exceptions import LLMDeadlineExceededError, LLMInvalidRequestError
 from .tools import Tool
 from .types import CallOptions, LLMResponse, Message, MessageRole, StopReason, Usage
 
@@ -64,6 +66,11 @@ async def run_tools(
     options: CallOptions,
 ) -> ToolRun:
     """Run *tools* for the model until it answers; ``LLMClient.run_tools`` explains the rest."""
+    for name, number in (("max_rounds", max_rounds), ("max_concurrency", max_concurrency)):
+        if number < 1:
+            raise LLMInvalidRequestError(f"{name}: expected a positive number, got {number!r}")
+    if tool_timeout is not None and not tool_timeout > 0.0:
+        raise LLMInvalidRequestError(f"tool_timeout: expected a positive number of seconds, got {tool_timeout!r}")
     timeout = options.get("timeout")
     deadline = clock.now() + timeout if timeout is not None else None
     known = {tool.name: tool for tool in tools}
@@ -90,7 +97,14 @@ async def run_tools(
         if not goes_on or not ours or rounds >= max_rounds:
             return ToolRun(response=response, messages=messages, rounds=rounds, usage=usage, finished=not goes_on)
         if calls:
-            results = await _run_all(calls, known, slots, approve, tool_timeout, deadline, clock)
+            limit = Limit(None)
+            try:
+                with _until(deadline, limit, clock):
+                    results = await _run_all(calls, known, slots, approve, tool_timeout, clock)
+            except TimeoutError:
+                if not limit.expired:
+                    raise
+                raise LLMDeadlineExceededError("the run's deadline passed while tools were running") from None
             messages = (*messages, Message(MessageRole.TOOL, results))
 
 
@@ -100,14 +114,13 @@ async def _run_all(
     slots: asyncio.Semaphore,
     approve: Approve | None,
     tool_timeout: float | None,
-    deadline: float | None,
     clock: Clock,
 ) -> tuple[ToolResult, ...]:
     """The results of *calls*, in their order. When this is cancelled, so are the tools."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(_run_one(call, known.get(call.name), slots, approve, tool_timeout, deadline, clock))
+                group.create_task(_run_one(call, known.get(call.name), slots, approve, tool_timeout, clock))
                 for call in calls
             ]
     except BaseExceptionGroup as group_of_one:
@@ -122,7 +135,6 @@ async def _run_one(
     slots: asyncio.Semaphore,
     approve: Approve | None,
     tool_timeout: float | None,
-    deadline: float | None,
     clock: Clock,
 ) -> ToolResult:
     if tool is None or tool.run is None:
@@ -139,18 +151,13 @@ async def _run_one(
         if said is not True:
             return _failed(call, said if isinstance(said, str) and said else "the user does not allow this call")
     async with slots:
-        seconds, late = tool_timeout, "the tool took too long"
-        if deadline is not None:
-            left = _left(deadline, clock)
-            if left is not None and (seconds is None or left < seconds):
-                seconds, late = left, ""
+        limit = Limit(None)
         try:
-            return _result(call, await _bounded(_called(tool.run, arguments), seconds, clock))
-        except TimeoutError:
-            if not late:
-                raise LLMDeadlineExceededError("the run's deadline passed while a tool was running") from None
-            return _failed(call, late)
+            with _until(None if tool_timeout is None else clock.now() + tool_timeout, limit, clock):
+                return _result(call, await _called(tool.run, arguments))
         except Exception as error:
+            if limit.expired:
+                return _failed(call, "the tool took too long")
             return _failed(
                 call, f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
             )
@@ -160,38 +167,34 @@ async def _called(run: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     if inspect.iscoroutinefunction(run):
         return await run(**arguments)
     # It may take its time, or ask others for something.
-    found = await asyncio.to_thread(run, **arguments)
+    found = await asyncio.to_thread(_guarded, run, arguments)
     return await found if inspect.isawaitable(found) else found
 
 
-async def _bounded(work: Awaitable[Any], seconds: float | None, clock: Clock) -> Any:
-    """What *work* gives, or TimeoutError after *seconds* by *clock*."""
-    if seconds is None:
-        return await work
-    task = asyncio.ensure_future(work)
-    late = False
-
-    def give_up() -> None:
-        nonlocal late
-        late = not task.done()
-        task.cancel()
-
-    timer = clock.call_at(clock.now() + seconds, give_up)
+def _guarded(run: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
-        return await task
-    except asyncio.CancelledError:
-        if late:
-            raise TimeoutError from None
-        task.cancel()
-        raise
+        return run(**arguments)
+    except StopIteration as error:
+        # A future cannot hold it: up to Python 3.12 whoever waits for the thread would wait for ever.
+        raise RuntimeError("the tool has raised StopIteration") from error
+
+
+@contextmanager
+def _until(when: float | None, limit: Limit, clock: Clock) -> Iterator[None]:
+    """End the block by *limit*, which raises TimeoutError, at the instant *when*."""
+    timer = clock.call_at(when, limit.expire) if when is not None else None
+    try:
+        with limit:
+            yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 def _result(call: ToolCall, value: Any) -> ToolResult:
     """What a tool has returned, as text or as parts."""
     if isinstance(value, str):
-        return ToolResult(call.id, value)
+        return ToolResult(call.id, _sayable(value))
     if isinstance(value, ToolResult):
         return msgspec.structs.replace(value, id=call.id)
     parts = value if isinstance(value, (list, tuple)) else (value,)
@@ -199,16 +202,26 @@ def _result(call: ToolCall, value: Any) -> ToolResult:
         return ToolResult(call.id, tuple(parts))
     if value is None:
         return ToolResult(call.id, "done")
-    if hasattr(value, "model_dump_json"):
-        return ToolResult(call.id, value.model_dump_json())
     try:
-        return ToolResult(call.id, msgspec.json.encode(value).decode())
-    except (TypeError, ValueError):
-        return ToolResult(call.id, str(value))
+        return ToolResult(call.id, msgspec.json.encode(value, enc_hook=_dumped).decode())
+    except (TypeError, ValueError, NotImplementedError):
+        return ToolResult(call.id, _sayable(str(value)))
 
 
 def _failed(call: ToolCall, complaint: str) -> ToolResult:
-    return ToolResult(call.id, complaint[:MAX_COMPLAINT], error=True)
+    return ToolResult(call.id, _sayable(complaint[:MAX_COMPLAINT]), error=True)
+
+
+def _dumped(value: Any) -> Any:
+    """A pydantic model as what JSON can say, wherever it stands in a result."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise NotImplementedError
+
+
+def _sayable(text: str) -> str:
+    """*text* without halves of surrogate pairs: file names have them, and no request can hold one."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _left(deadline: float | None, clock: Clock) -> float | None:

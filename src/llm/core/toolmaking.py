@@ -69,7 +69,8 @@ def _sound(made: Tool) -> Tool:
     schema = strict_schema(made.parameters or {"type": "object", "properties": {}})
     if schema is None:
         raise LLMInvalidRequestError(
-            f"{made.name}: an object of free keys cannot be kept to strictly; name its keys, or leave strict out"
+            f"{made.name}: an object of free keys, or what may be anything, cannot be kept to strictly; "
+            "say what it holds, or leave strict out"
         )
     return msgspec.structs.replace(made, parameters=schema)
 
@@ -113,7 +114,11 @@ def _from_function(function: Callable[..., Any]) -> Tool:
     except NameError as error:
         raise LLMInvalidRequestError(f"{name}: an annotation cannot be found: {error}") from None
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
-    for parameter in inspect.signature(function).parameters.values():
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        raise LLMInvalidRequestError(f"{name}: it has no signature to read; wrap it in a function") from None
+    for parameter in signature.parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise LLMInvalidRequestError(
                 f"{name}: a model gives arguments by their names, so {parameter} cannot be one"

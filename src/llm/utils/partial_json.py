@@ -18,69 +18,94 @@ def partial_json(text: str) -> Any:
     Strings are as long as they are by now; a number, a word or a key that may go on is left out. What is no JSON at all
     is NOTHING as well.
     """
-    open_ones: list[str] = []
-    in_string = escaped = False
-    keep = 0
-    """How much of the text can be closed as it is, and with what."""
-    closing = ""
-    awaiting_value = False
-    is_key: list[bool] = []
-    for at, sign in enumerate(text):
-        if in_string:
-            if escaped:
-                escaped = False
-            elif sign == "\\":
-                escaped = True
-            elif sign == '"':
-                in_string = False
-                if not (is_key and is_key[-1]):
-                    keep, closing = at + 1, _close(open_ones)
-            continue
-        if sign == '"':
-            in_string = True
-        elif sign in "{[":
-            open_ones.append(sign)
-            is_key.append(sign == "{")
-            keep, closing = at + 1, _close(open_ones)
-        elif sign in "}]":
-            if not open_ones or _CLOSING[open_ones.pop()] != sign:
-                return NOTHING
-            is_key.pop()
-            keep, closing = at + 1, _close(open_ones)
-            if not open_ones:
-                break
-        elif sign == ":":
-            if is_key:
-                is_key[-1] = False
-        elif sign == ",":
-            # What stood before it is complete.
-            keep, closing = at, _close(open_ones)
-            if is_key and open_ones[-1] == "{":
-                is_key[-1] = True
-        elif sign in " \t\r\n":
-            continue
-        elif not open_ones:
-            awaiting_value = True
-    if in_string and not (is_key and is_key[-1]) and (found := _string_so_far(text, open_ones)) is not NOTHING:
-        return found
-    if awaiting_value and not open_ones and not keep:
-        return _decoded(text)
-    return _decoded(text[:keep] + closing) if keep else NOTHING
+    return PartialJSON().feed(text)
 
 
-def _string_so_far(text: str, open_ones: list[str]) -> Any:
-    """*text*, which ends within a string, with that string closed; an escape at its end may be half written."""
-    # A pair of surrogates is two escapes of six signs, and half of one is no text.
-    for cut in range(12):
-        candidate = text[: len(text) - cut] if cut else text
-        found = _decoded(candidate + '"' + _close(open_ones))
-        if found is not NOTHING:
+class PartialJSON:
+    """:func:`partial_json` of a text that comes in pieces, each of which is looked through once."""
+
+    __slots__ = ("_bare", "_escaped", "_in_string", "_is_key", "_keep", "_open", "_over", "_text")
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._open: list[str] = []
+        self._is_key: list[bool] = []
+        """Of each that is open, whether the next string is a key."""
+        self._in_string = False
+        self._escaped = False
+        self._keep = 0
+        """How much of the text can be closed as it is: no bracket stands after it."""
+        self._bare = False
+        """Whether a number or a word stands outside of all brackets."""
+        self._over = False
+
+    def feed(self, piece: str) -> Any:
+        """The value that the text has begun once *piece* is added to it, or :data:`NOTHING`."""
+        if not self._over:
+            start = len(self._text)
+            self._text += piece
+            self._scan(piece, start)
+        if self._in_string and not self._at_key and (found := self._string_so_far()) is not NOTHING:
             return found
-    return NOTHING
+        if self._bare and not self._open and not self._keep:
+            return _decoded(self._text)
+        return _decoded(self._text[: self._keep] + self._closed()) if self._keep else NOTHING
 
+    @property
+    def _at_key(self) -> bool:
+        return bool(self._is_key) and self._is_key[-1]
 
-def _close(open_ones: list[str]) -> str:
-    return "".join([_CLOSING[sign] for sign in reversed(open_ones)])
+    def _scan(self, piece: str, start: int) -> None:
+        """Go through *piece*, which stands at *start* of the text."""
+        in_string, escaped = self._in_string, self._escaped
+        for at, sign in enumerate(piece, start):
+            if in_string:
+                if escaped:
+                    escaped = False
+                elif sign == "\\":
+                    escaped = True
+                elif sign == '"':
+                    in_string = False
+                    if not self._at_key:
+                        self._keep = at + 1
+            elif sign == '"':
+                in_string = True
+            elif sign in "{[":
+                self._open.append(sign)
+                self._is_key.append(sign == "{")
+                self._keep = at + 1
+            elif sign in "}]":
+                if not self._open or _CLOSING[self._open.pop()] != sign:
+                    self._keep, self._over, self._bare = 0, True, False
+                    break
+                self._is_key.pop()
+                self._keep = at + 1
+                if not self._open:
+                    self._over = True
+                    break
+            elif sign == ":":
+                if self._is_key:
+                    self._is_key[-1] = False
+            elif sign == ",":
+                # What stood before it is complete.
+                self._keep = at
+                if self._open and self._open[-1] == "{":
+                    self._is_key[-1] = True
+            elif sign not in " \t\r\n" and not self._open:
+                self._bare = True
+        self._in_string, self._escaped = in_string, escaped
+
+    def _string_so_far(self) -> Any:
+        """The text, which ends within a string, with that string closed; an escape at its end may be half written."""
+        # A pair of surrogates is two escapes of six signs, and half of one is no text.
+        for cut in range(12):
+            found = _decoded(self._text[: len(self._text) - cut] + '"' + self._closed())
+            if found is not NOTHING:
+                return found
+        return NOTHING
+
+    def _closed(self) -> str:
+        return "".join([_CLOSING[sign] for sign in reversed(self._open)])
 
 
 def _decoded(text: str) -> Any:

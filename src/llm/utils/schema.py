@@ -6,7 +6,8 @@ Literal, an Enum), and a JSON schema as it is. Pydantic is never imported: its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -23,6 +24,7 @@ _FORMATS: Final = frozenset(
 )
 _SILENT: Final = frozenset(("title", "default", "examples", "description", "format", "oneOf", "allOf", "discriminator"))
 """Keywords that are dropped or rewritten without a word; of all others the description tells."""
+_WORDS: Final = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 _TYPES: Final[dict[str, tuple[type, ...]]] = {
     "object": (dict,),
     "array": (list,),
@@ -51,14 +53,19 @@ def shape_of(into: type[T] | Mapping[str, Any] | Any) -> Shape[T]:
     """
     if isinstance(into, Mapping):
         schema = dict(into)
-        return _object(Shape(_name(schema.get("title"), "answer"), schema, cast(Any, _checked(schema))))
+        _resolve_all(schema, schema)
+        return _object(Shape(_name(schema.get("title"), "answer"), flat(schema), cast(Any, _checked(schema))))
     if is_pydantic(into):
         model = cast(Any, into)
-        return _object(Shape(_name(model.__name__, "answer"), model.model_json_schema(), _pydantic(model)))
+        return _object(Shape(_name(model.__name__, "answer"), flat(model.model_json_schema()), _pydantic(model)))
+    foreign: Schema = {}
     try:
-        schema = msgspec.json.schema(into, schema_hook=_foreign_schema)
+        schema = msgspec.json.schema(into, schema_hook=partial(_foreign_schema, foreign))
+        _define(foreign, schema.get("$defs", {}))
     except TypeError as error:
         raise TypeError(f"{into!r} cannot be read from JSON: {error}") from None
+    if foreign:
+        schema["$defs"] = foreign
 
     def read(value: Any) -> T:
         try:
@@ -92,10 +99,12 @@ def flat(schema: Schema) -> Schema:
 def strict_schema(schema: Schema) -> Schema | None:
     """*schema* as the vendors' strict modes want it, None if it cannot be.
 
-    Every object is closed, everything in it required, and what was optional may be null. Keywords that one of them
-    refuses move into the description: the reader still checks them. An object of free keys cannot be closed.
+    Every object is closed, everything in it required, and what was optional may be null; every value says its type.
+    Keywords that one of them refuses move into the description: the reader still checks them. An object of free keys
+    cannot be closed, and what may be anything has no type.
 
-    Source: both vendors' pages on structured outputs.
+    Source: both vendors' pages on structured outputs, and OpenAI's 400 "schema must have a 'type' key", which a bare
+    ``const`` is answered with too.
     """
     try:
         return _strict(schema)
@@ -103,19 +112,40 @@ def strict_schema(schema: Schema) -> Schema | None:
         return None
 
 
-def check(value: Any, schema: Schema, place: str = "$", root: Schema | None = None) -> None:
+def resolved(schema: Schema, root: Schema) -> Schema:
+    """What *schema* refers to in *root*, or itself.
+
+    Raises:
+        TypeError: it is not there, or refers back.
+    """
+    seen: set[str] = set()
+    while "$ref" in schema:
+        target: Any = root
+        reference = str(schema["$ref"])
+        steps = reference.split("/")
+        for step in steps[1:]:
+            target = target.get(step) if isinstance(target, dict) else None
+        if steps[0] != "#" or not isinstance(target, dict) or reference in seen:
+            raise TypeError(f"{reference!r} leads to no schema")
+        seen.add(reference)
+        schema = target
+    return schema
+
+
+def check(value: Any, schema: Schema | bool, place: str = "$", root: Schema | None = None) -> None:
     """Hold *value* against the keywords that describe shape: types, enums, properties, items, alternatives, references.
 
     Raises:
         ValueError: it does not fit; the message names the place.
     """
-    root = schema if root is None else root
-    if "$ref" in schema:
-        target: Any = root
-        for step in schema["$ref"].removeprefix("#/").split("/"):
-            target = target[step]
-        check(value, target, place, root)
+    if isinstance(schema, bool):
+        if not schema:
+            raise ValueError(f"{place}: nothing is expected here")
         return
+    root = schema if root is None else root
+    schema = resolved(schema, root)
+    for each in schema.get("allOf", ()):
+        check(value, each, place, root)
     alternatives = schema.get("anyOf") or schema.get("oneOf")
     if alternatives and not any(_fits(value, each, place, root) for each in alternatives):
         raise ValueError(f"{place}: fits none of {len(alternatives)} alternatives")
@@ -136,31 +166,37 @@ def check(value: Any, schema: Schema, place: str = "$", root: Schema | None = No
                 check(inner, named[name], f"{place}.{name}", root)
             elif schema.get("additionalProperties") is False:
                 raise ValueError(f"{place}: {name} is not expected")
-    elif isinstance(value, list) and isinstance(schema.get("items"), dict):
+    elif isinstance(value, list) and isinstance(schema.get("items"), dict | bool) and "prefixItems" not in schema:
         for at, item in enumerate(value):
             check(item, schema["items"], f"{place}[{at}]", root)
 
 
 class _FreeFormError(Exception):
-    """An object may hold keys that no schema names."""
+    """Something may hold what no schema names."""
 
 
-def _strict(schema: Schema) -> Schema:
+def _strict(schema: Any) -> Schema:
+    if not isinstance(schema, dict):
+        raise _FreeFormError
     if isinstance(schema.get("allOf"), list) and len(schema["allOf"]) == 1:
         # How pydantic writes a reference with a description.
         schema = {**schema["allOf"][0], **{key: value for key, value in schema.items() if key != "allOf"}}
     if "allOf" in schema or "prefixItems" in schema or "patternProperties" in schema:
         raise _FreeFormError
+    if "$ref" in schema and not (schema["$ref"] == "#" or schema["$ref"].startswith("#/$defs/")):
+        # What else it may refer to is left out.
+        raise _FreeFormError
     if "oneOf" in schema:
         schema = {**schema, "anyOf": schema["oneOf"]}
     found: Schema = {key: value for key, value in schema.items() if key in _KEPT}
-    for key in ("anyOf",):
-        if key in found:
-            found[key] = [_strict(each) for each in found[key]]
+    if not found.keys() & {"type", "anyOf", "$ref", "properties"}:
+        found["type"] = _type_of(found.get("enum") or ([found["const"]] if "const" in found else []))
+    if "anyOf" in found:
+        found["anyOf"] = [_strict(each) for each in found["anyOf"]]
     if "$defs" in found:
         found["$defs"] = {name: _strict(each) for name, each in found["$defs"].items()}
-    if isinstance(found.get("items"), dict):
-        found["items"] = _strict(found["items"])
+    if "items" in found or found.get("type") == "array":
+        found["items"] = _strict(found.get("items", True))
     if found.get("type") == "object" or "properties" in found:
         if "properties" not in found or found.get("additionalProperties") not in (None, False):
             raise _FreeFormError
@@ -170,6 +206,7 @@ def _strict(schema: Schema) -> Schema:
             for name, each in found["properties"].items()
         }
         found["required"] = list(found["properties"])
+        found.setdefault("type", "object")
         found["additionalProperties"] = False
     told = [f"{key}: {schema[key]}" for key in schema if key not in _KEPT and key not in _SILENT]
     if schema.get("format") in _FORMATS:
@@ -180,6 +217,14 @@ def _strict(schema: Schema) -> Schema:
     if words:
         found["description"] = words
     return found
+
+
+def _type_of(values: Sequence[Any]) -> str | list[str]:
+    """The word for the type of *values*, which are all there may be, or the words if they differ."""
+    words = list(dict.fromkeys([_WORDS.get(type(value), "") for value in values]))
+    if not words or "" in words:
+        raise _FreeFormError
+    return words[0] if len(words) == 1 else words
 
 
 def _nullable(schema: Schema) -> Schema:
@@ -230,12 +275,31 @@ def _pydantic(model: Any) -> Callable[[Any], Any]:
     return read
 
 
-def _foreign_schema(kind: type) -> Schema:
-    if is_pydantic(kind):
-        found: Schema = cast(Any, kind).model_json_schema()
-        if "$defs" not in found:
-            return found
-    raise NotImplementedError
+def _foreign_schema(definitions: Schema, kind: type) -> Schema:
+    """The schema of a type that msgspec does not know; what it refers to is added to *definitions*."""
+    if not is_pydantic(kind):
+        raise NotImplementedError
+    found: Schema = cast(Any, kind).model_json_schema()
+    _define(definitions, found.pop("$defs", {}))
+    return found
+
+
+def _define(definitions: Schema, more: Schema) -> None:
+    for name, schema in more.items():
+        if definitions.setdefault(name, schema) != schema:
+            raise TypeError(f"two types in it are called {name}")
+
+
+def _resolve_all(schema: Any, root: Schema) -> None:
+    """Raise TypeError if something in *schema* refers to what is not in *root*."""
+    if isinstance(schema, list):
+        for each in schema:
+            _resolve_all(each, root)
+    elif isinstance(schema, dict):
+        if isinstance(schema.get("$ref"), str):
+            resolved(schema, root)
+        for each in schema.values():
+            _resolve_all(each, root)
 
 
 def _foreign_value(kind: type, value: Any) -> Any:
