@@ -66,6 +66,13 @@ OWN_TOOL: Final[dict[str, tuple[dict[str, Any], ...]]] = {
     ),
 }
 
+NEVER: Final = {
+    "anthropic": {"several answers"},
+    "openai": {"reasoning in tokens"},
+    "openai_responses": {"one stop sequence", "stop sequences", "several answers", "reasoning in tokens"},
+}
+"""Features that a dialect has no word for, so that it refuses them whatever the model."""
+
 
 class Feature(NamedTuple):
     """A request without its model."""
@@ -133,6 +140,14 @@ def features(dialect: str) -> dict[str, Feature]:
             ),
             Options(tools=tools),
         ),
+        "a document in a result": Feature(
+            (
+                asked,
+                Message(ASSISTANT, calls[:1]),
+                Message(TOOL, (ToolResult("call_1", (Text("See."), Document.from_bytes(PDF, name="a.pdf"))),)),
+            ),
+            Options(tools=tools),
+        ),
         "thinking goes back": Feature((*HI, Message(ASSISTANT, (thought, Text("Hello"))), Message(USER, "Go on"))),
         "a refusal goes back": Feature((*HI, Message(ASSISTANT, (Refusal("I will not."),)), Message(USER, "Why?"))),
         "a form": Feature(options=Options(output_format=FORM)),
@@ -147,6 +162,14 @@ def features(dialect: str) -> dict[str, Feature]:
                 Message(USER, "And?", cache=True),
             ),
             Options(tools=(NOW, msgspec.structs.replace(WEATHER, cache=True))),
+        ),
+        "marks within turns": Feature(
+            (
+                Message(USER, (Text("Lorem", cache=True), Image.from_bytes(PNG, cache=True), Text("Weather there?"))),
+                Message(ASSISTANT, calls[:1]),
+                Message(TOOL, (ToolResult("call_1", "rain", cache=True),)),
+            ),
+            Options(tools=tools),
         ),
     }
     for effort in ("none", "minimal", "low", "medium", "high", "xhigh", "max"):

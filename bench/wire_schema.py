@@ -14,9 +14,10 @@ class Specification:
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
 
-    def request(self, path: str) -> Schema:
-        """The schema of what is posted to *path*."""
-        found: Schema = self.document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    def request(self, path: str) -> Schema | None:
+        """The schema of what is posted to *path*, None if nothing is."""
+        posted = self.document["paths"].get(path, {}).get("post", {}).get("requestBody", {}).get("content", {})
+        found: Schema | None = posted.get("application/json", {}).get("schema")
         return found
 
     def unknown(self, value: Any, schema: Schema, place: str = "body") -> list[str]:
@@ -41,7 +42,7 @@ class Specification:
                 found += self.unknown(inner, named[key], f"{place}.{key}")
             elif isinstance(others, dict) and others:
                 found += self.unknown(inner, others, f"{place}.{key}")
-            elif named and others is not True and others != {}:
+            elif others is False or (named and others is not True and others != {}):
                 found.append(f"{place}.{key}")
             # An object of which nothing is said is free, as a tool's schema is.
         return found

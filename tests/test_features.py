@@ -29,7 +29,7 @@ from llm.utils.clock import Clock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from wire_corpus import SCHEMA, families, features  # it lies beside the benches, and is data
+from wire_corpus import NEVER, SCHEMA, families, features  # it lies beside the benches, and is data
 
 DIALECTS = ("anthropic", "openai", "openai_responses")
 VENDORS = ("https://api.anthropic.com", "https://api.openai.com")
@@ -109,14 +109,6 @@ async def test_every_feature_works_with_every_family_or_is_refused_before_it_is_
     assert worked | refused == everything
     # What works with no family at all is refused by the dialect itself, and known here.
     assert everything - worked == NEVER[dialect]
-
-
-NEVER = {
-    "anthropic": {"several answers"},
-    "openai": {"reasoning in tokens"},
-    "openai_responses": {"one stop sequence", "stop sequences", "several answers", "reasoning in tokens"},
-}
-"""Features that a dialect has no word for."""
 
 
 def check(name: str, response: LLMResponse, has_tools: bool) -> None:
