@@ -57,7 +57,7 @@ test-uvloop: setup  ## the tests on uvloop in place of the standard event loop
 	$(BIN)/python -m pytest --again --loop uvloop --timeout-method thread
 
 # Beside the usual .venv. A version manager's shim runs only when it is told its version.
-test-python:  ## the tests on another interpreter, in a .venv of its own: make test-python VERSION=3.13
+test-python:  ## the tests on another interpreter, in a .venv of its own: make test-python VERSION=3.13 (LOOP=uvloop)
 	@set -e; \
 	python=python$(VERSION); \
 	if ! "$$python" -c '' >/dev/null 2>&1; then \
@@ -72,7 +72,7 @@ test-python:  ## the tests on another interpreter, in a .venv of its own: make t
 	  $$other/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
 	  touch $$other/.ready; \
 	fi; \
-	$$other/bin/python -m pytest --again -p no:cacheprovider
+	$$other/bin/python -m pytest --again -p no:cacheprovider $(if $(LOOP),--loop $(LOOP) --timeout-method thread)
 
 test-long: setup  ## the tests that take minutes of wall clock
 	$(BIN)/python -m pytest -m long --timeout 600; status=$$?; [ $$status -eq 5 ] && exit 0; exit $$status
