@@ -73,13 +73,6 @@ EXCUSED: Final[dict[str, dict[str, tuple[str, str]]]] = {
     "openai_responses": {},
 }
 """What may be said against which requests, and why."""
-UNCOUNTED: Final[dict[str, set[str]]] = {
-    "anthropic": set(),
-    # Counted over the Responses API, which has no word for these.
-    "openai": {"one stop sequence", "stop sequences", "several answers"},
-    "openai_responses": set(),
-}
-"""Features that are sent, but of which nobody is asked how many tokens they have."""
 
 
 # -- the server that checks --------------------------------------------------------------------------------------------
@@ -206,11 +199,8 @@ class Trial:
             try:
                 counted = self._provider.count_request(request, KEY)
             except LLMInvalidRequestError as error:
-                if feature not in UNCOUNTED[self.dialect]:
-                    self._fail([f"{feature}, {family}, is not counted: {error}"])
+                self._fail([f"{feature}, {family}, is not counted: {error}"])
                 continue
-            if feature in UNCOUNTED[self.dialect]:
-                self._fail([f"{feature}, {family}: is counted, and was said never to be"])
             await self._send("counts", feature, counted, f", {family}, counted")
         unsent = {feature for feature, _, _ in asked} - set(self.features)
         never = NEVER[self.dialect]

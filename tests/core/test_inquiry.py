@@ -102,6 +102,11 @@ async def test_the_vendor_counts_what_a_call_would_have(dialect: str, url: str, 
     assert set(msgspec.json.decode(request.body)) == keys
 
 
+async def test_what_the_counting_api_has_no_word_for_does_not_stop_it() -> None:
+    async with rig([Scripted(200, JSON, b'{"input_tokens":42}')], config=vendor("openai")) as r:
+        assert await r.client.count_tokens(PROMPT, model="gpt-4.1", stop="x", n=2) == 42
+
+
 async def test_who_has_no_way_to_count_says_so() -> None:
     async with rig([]) as r:
         with pytest.raises(LLMInvalidRequestError, match=r"estimate\(\) guesses them"):

@@ -256,7 +256,9 @@ class OpenAIProvider(OpenAIBase):
             raise LLMInvalidRequestError(
                 "Chat Completions has no way to count tokens; estimate() guesses them", provider=self.name
             )
-        return self._responses.count_request(request, key)
+        # What that API has no word for changes no count.
+        options = msgspec.structs.replace(request.options, stop=None, n=None)
+        return self._responses.count_request(msgspec.structs.replace(request, options=options), key)
 
     def _other(self, request: Request, family: Family | None = None) -> OpenAIResponses | None:
         """The Responses API, if *request* is one that Chat Completions refuses, or that only it can be sent."""
