@@ -28,9 +28,9 @@ SSE = (
 def seeds(target: str) -> list[bytes]:
     """The inputs that *target* starts from, in a fixed order."""
     if target == "sse":
-        bodies = [*SSE, *_streams("anthropic"), *_streams("openai")]
+        bodies = [*SSE, *_streams("anthropic"), *_streams("openai"), *_streams("openai_responses")]
         return [bytes([choice, 0]) + CUTS + body for body in bodies for choice in (0, 1)]
-    dialect, _, kind = target.partition("_")
+    dialect, _, kind = target.rpartition("_")
     if kind == "stream":
         return [bytes([choice, 0]) + CUTS + body for body in _streams(dialect) for choice in (0, 1)]
     if kind == "decode":

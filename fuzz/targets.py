@@ -19,6 +19,7 @@ from llm.core.types import LLMResponse, Message, MessageRole, Request, Usage
 from llm.providers.anthropic import AnthropicProvider
 from llm.providers.base import Provider
 from llm.providers.openai import OpenAIProvider
+from llm.providers.openai_responses import OpenAIResponses
 from llm.utils.error_body import MAX_BODY, MAX_MESSAGE
 from llm.utils.sse import SSEDecoder
 
@@ -118,6 +119,7 @@ def _providers(kind: Callable[[ProviderSettings], Provider], name: str) -> tuple
 
 ANTHROPIC: Final = _providers(AnthropicProvider, "anthropic")
 OPENAI: Final = _providers(OpenAIProvider, "openai")
+RESPONSES: Final = _providers(OpenAIResponses, "openai_responses")
 ASKED: Final = Request((Message(MessageRole.USER, "Hi"),), "the-model")
 
 
@@ -230,8 +232,10 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "sse": sse,
     "anthropic_stream": _stream(ANTHROPIC),
     "openai_stream": _stream(OPENAI),
+    "openai_responses_stream": _stream(RESPONSES),
     "anthropic_decode": _decode(ANTHROPIC),
     "openai_decode": _decode(OPENAI),
+    "openai_responses_decode": _decode(RESPONSES),
     "anthropic_classify": _classify(ANTHROPIC),
     "openai_classify": _classify(OPENAI),
 }
