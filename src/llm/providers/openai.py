@@ -394,7 +394,13 @@ class OpenAIStream(EventStream):
                     elif text or (thought and calls):
                         self._say(delta, chunks)
                     elif thought:
-                        self._think(thought, "reasoning_content", say)
+                        self._content = True
+                        self._thought_as = "reasoning_content"
+                        self._thought.append(thought)
+                        say(StreamChunk("", thought))
+                    elif calls and len(calls) == 1 and self._format is None:
+                        self._content = True
+                        say(StreamChunk("", "", "", None, None, self._add(calls[0])))
                     elif calls:
                         self._call(calls, say)
                 if choice.usage is not None:
