@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from llm.core.content import Opaque, Thinking
 from llm.core.exceptions import (
     LLMContentFilteredError,
     LLMException,
@@ -134,6 +135,52 @@ def test_a_block_without_words_says_nothing(anthropic: AnthropicProvider) -> Non
     blocks = [{"type": "text", "text": None}, {"type": "thinking"}, {"type": "unheard_of", "text": "x"}, {"text": "y"}]
     answer = anthropic.decode(ASKED, 200, {}, good(content=blocks))
     assert (answer.text, answer.thinking) == ("", "")
+
+
+def events(*each: dict[str, object]) -> bytes:
+    return b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in each)
+
+
+def start(**block: object) -> dict[str, object]:
+    return {"type": "content_block_start", "index": 0, "content_block": block}
+
+
+def test_a_block_that_begins_with_all_it_holds_is_told_as_it_is(anthropic: AnthropicProvider) -> None:
+    chunks = anthropic.stream_decoder(ASKED).feed(
+        events(
+            start(type="thinking", thinking="so", signature="s"),
+            start(type="redacted_thinking", data="x"),
+            {"type": "content_block_stop", "index": 0},
+        )
+    )
+    assert [chunk.thinking for chunk in chunks if chunk.thinking] == ["so"]
+    whole, hidden = [chunk.part for chunk in chunks if chunk.part is not None]
+    assert whole == Thinking("so", b'{"type":"thinking","thinking":"so","signature":"s"}', "anthropic")
+    assert hidden == Thinking("", b'{"type":"redacted_thinking","data":"x"}', "anthropic")
+
+
+@pytest.mark.parametrize(("pieces", "read"), [(['{"q":', "1}"], {"q": 1}), (['{"q":'], '{"q":')])
+def test_arguments_of_a_tool_of_the_vendors_own_are_kept_in_its_block(
+    anthropic: AnthropicProvider, pieces: list[str], read: object
+) -> None:
+    deltas = [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": piece}}
+        for piece in pieces
+    ]
+    begun = start(type="server_tool_use", id="t", name="web_search", input={})
+    chunks = anthropic.stream_decoder(ASKED).feed(events(begun, *deltas, {"type": "message_stop"}))
+    (part,) = [chunk.part for chunk in chunks if chunk.part is not None]
+    assert isinstance(part, Opaque)
+    assert msgspec.json.decode(part.raw) == {"type": "server_tool_use", "id": "t", "name": "web_search", "input": read}
+    assert all(chunk.tool_call is None for chunk in chunks), "it is not for the caller to run"
+
+
+def test_what_begins_no_block_or_changes_none_says_nothing(anthropic: AnthropicProvider) -> None:
+    decoder = anthropic.stream_decoder(ASKED)
+    nothing = events({"type": "content_block_start", "index": 0}, {"type": "content_block_stop", "index": 0})
+    empty = events({"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta"}})
+    assert decoder.feed(nothing + empty) == []
+    assert decoder.error is None
 
 
 def test_what_calls_itself_an_error_is_one_whatever_else_it_holds(anthropic: AnthropicProvider) -> None:

@@ -3,8 +3,18 @@
 import msgspec
 import pytest
 
-from llm.core.exceptions import LLMProtocolError
-from llm.core.types import LimitState, Message, MessageRole, ObservedLimits, Request, StopReason, StreamChunk
+from llm.core.content import Document, Opaque, Part, Refusal, Text, ToolCall
+from llm.core.exceptions import LLMInvalidRequestError, LLMProtocolError
+from llm.core.types import (
+    LimitState,
+    Message,
+    MessageRole,
+    ObservedLimits,
+    Request,
+    StopReason,
+    StreamChunk,
+    ToolCallDelta,
+)
 from llm.providers.openai import STOP_REASON, OpenAIProvider
 from llm.providers.openai_base import ERROR_BY_CODE, STATUS_BY_TYPE
 from llm.utils.http_errors import error_for_status
@@ -30,6 +40,94 @@ def test_thinking_text_and_refusal_of_one_event_are_chunks_of_their_own(openai: 
         b'data: {"choices":[{"delta":{"reasoning_content":"hm","content":"so","refusal":"no"}}]}\n\n'
     )
     assert chunks == [StreamChunk(thinking="hm"), StreamChunk("so"), StreamChunk(refusal="no")]
+
+
+def told(*deltas: dict[str, object]) -> bytes:
+    """A stream of *deltas*."""
+    chunks = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
+
+
+def test_a_second_answer_is_no_part_of_the_streams_text(openai: OpenAIProvider) -> None:
+    other = {"choices": [{"index": 1, "delta": {"content": "other"}}, {"index": 0, "delta": {"content": "one"}}]}
+    assert openai.stream_decoder(ASKED).feed(b"data: " + msgspec.json.encode(other) + b"\n\n") == [StreamChunk("one")]
+
+
+def test_words_and_calls_of_one_event_are_chunks_of_their_own(openai: OpenAIProvider) -> None:
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
+    decoder = openai.stream_decoder(ASKED)
+    assert decoder.feed(told({"content": "so", "tool_calls": [call]}, {"reasoning": "hm", "tool_calls": []})) == [
+        StreamChunk("so"),
+        StreamChunk(tool_call=ToolCallDelta(0, "a", "f", "{}")),
+        StreamChunk(thinking="hm"),
+    ]
+
+
+def test_pieces_of_calls_find_their_call_by_place_by_id_or_by_order(openai: OpenAIProvider) -> None:
+    def piece(arguments: object, **more: object) -> dict[str, object]:
+        return {"tool_calls": [{"function": {"name": more.pop("name", None), "arguments": arguments}, **more}]}
+
+    pieces = (
+        piece('{"a"', index=0, id="a", name="f"),
+        piece(":1}", index=0),
+        # Another id at the same place is another call.
+        piece('{"b"', index=0, id="b", name="g"),
+        piece(":2}", id="b"),
+        # Neither place nor id: more of the last.
+        piece(" "),
+        # Some servers send arguments as an object.
+        piece({"c": 3}, id="c", name="h"),
+        # And some send a call without anything but its name.
+        {"tool_calls": [{"index": 3, "id": "d"}]},
+    )
+    end = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"tool_calls"}]}\n\ndata: [DONE]\n\n'
+    chunks = openai.stream_decoder(ASKED).feed(told(*pieces) + end)
+    assert [chunk.part for chunk in chunks if chunk.part is not None] == [
+        ToolCall("a", "f", '{"a":1}'),
+        ToolCall("b", "g", '{"b":2} '),
+        ToolCall("c", "h", '{"c":3}'),
+        ToolCall("d", "", "{}"),
+    ]
+
+
+def test_calls_without_an_id_are_named_by_their_order(openai: OpenAIProvider) -> None:
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    body = {"choices": [{"index": 0, "message": {"tool_calls": calls}, "finish_reason": "stop"}]}
+    answer = openai.decode(ASKED, 200, {}, msgspec.json.encode(body))
+    assert [(call.id, call.name) for call in answer.tool_calls] == [("call_0", "f"), ("call_1", "g")]
+    assert answer.stop_reason is StopReason.TOOL_CALLS, "Gemini says stop of these too"
+
+
+DOCUMENTS = [
+    (Document(text="words"), {"type": "text", "text": "words"}),
+    (
+        Document(data="QQ==", media_type="application/pdf"),
+        {"type": "file", "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64,QQ=="}},
+    ),
+    (Opaque("odd", b'{"type":"odd"}', "openai"), {"type": "odd"}),
+    (Opaque("odd", b'{"type":"odd"}', "anthropic"), None),
+]
+
+
+@pytest.mark.parametrize(("part", "wired"), DOCUMENTS)
+def test_documents_go_out_as_words_or_files(openai: OpenAIProvider, part: Part, wired: object) -> None:
+    asked = Request((Message(MessageRole.USER, (Text("Hi"), part)),), "gpt-test")
+    sent = msgspec.json.decode(openai.encode(asked, "k").request.body)["messages"][0]["content"]
+    assert sent[1:] == ([wired] if wired is not None else [])
+
+
+def test_a_document_by_its_address_goes_to_the_other_api_or_is_refused_with_the_mend(openai: OpenAIProvider) -> None:
+    asked = Request((Message(MessageRole.USER, (Document(url="https://example.org/a.pdf"),)),), "gpt-test")
+    assert openai.encode(asked, "k").request.url.endswith("/responses")
+    elsewhere = OpenAIProvider(settings("openai", {"settings": {"base_url": "http://127.0.0.1:8000/v1"}}))
+    with pytest.raises(LLMInvalidRequestError, match="send it with from_bytes"):
+        elsewhere.encode(asked, "k")
+
+
+def test_a_refusal_goes_back_as_one(openai: OpenAIProvider) -> None:
+    answered = Message(MessageRole.ASSISTANT, (Text("Well,"), Refusal("no")))
+    body = msgspec.json.decode(openai.encode(Request((*ASKED.messages, answered), "gpt-test"), "k").request.body)
+    assert body["messages"][1]["content"] == [{"type": "text", "text": "Well,"}, {"type": "refusal", "refusal": "no"}]
 
 
 def test_an_event_of_nothing_but_space_is_ignored(openai: OpenAIProvider) -> None:

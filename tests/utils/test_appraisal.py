@@ -19,6 +19,7 @@ from llm.core.exceptions import (
 from llm.core.types import Cost, Counting, Message, MessageRole, Options, Request, Settlement, Usage
 from llm.utils.appraisal import CACHED_FROM, LEARN_ALL, LEARN_EVERY, Appraiser, Need, charge
 from llm.utils.sliding_window import NOTHING
+from llm.utils.tokens import TokenEstimator
 
 RESERVED = Cost(1, 100, 50, 100)
 HALF = Usage(input_tokens=70, output_tokens=20)
@@ -149,6 +150,27 @@ def test_an_answer_without_figures_teaches_nothing() -> None:
     appraiser = Appraiser()
     lesson(appraiser, Usage())
     assert appraiser.cost(NEED, "m", Counting())[0].input_tokens == 105
+
+
+class Letters:
+    """A tokenizer for which a token is a letter."""
+
+    def count(self, text: str) -> int:
+        return len(text)
+
+
+def test_a_prompt_is_counted_here_unless_that_would_take_long() -> None:
+    appraiser, exact = Appraiser(), Appraiser(TokenEstimator(Letters()))
+    options = Options(max_tokens=9, tag="t")
+    turns = tuple(Message(MessageRole.USER, content) for content in ("word " * CACHED_FROM, "question"))
+    short, long = Request(turns[1:], "", options), Request(turns * 20, "", options)
+    assert appraiser.need(short) == Need(appraiser.estimator.measure(short), 9, "t", 0)
+    found = appraiser.need(long)
+    assert found is not None
+    assert found == appraiser.measured(long, found.measure)
+    assert found.affinity != 0
+    assert exact.need(long) is None, "a thread counts it"
+    assert exact.need(short) is not None
 
 
 def test_conversations_with_a_long_common_beginning_are_alike_and_others_are_not() -> None:

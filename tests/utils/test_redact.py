@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import pickle
 import traceback
 
 import pytest
 
 from llm.core.exceptions import LLMConnectionError, LLMException
-from llm.utils.redact import MASK, redact
+from llm.utils.redact import MASK, credentials, redact
 
 SECRET = "sk-very-secret-1"
 
@@ -93,3 +94,31 @@ def test_a_key_is_blanked_as_urls_json_html_and_base64_write_it(written: str, sh
     error = LLMException(f"no such key: {shown}, sorry")
     redact(error, written)
     assert error.message == f"no such key: {MASK}, sorry"
+
+
+@pytest.mark.parametrize("cut", [12, 15])
+def test_a_key_that_the_end_of_a_message_cuts_off_is_blanked_too(cut: int) -> None:
+    error = LLMException(f"no such key: {SECRET[:cut]}")
+    redact(error, SECRET)
+    assert error.message == f"no such key: {MASK}"
+
+
+def test_what_is_shown_by_nobody_is_dropped() -> None:
+    error = LLMException("no")
+    try:
+        try:
+            raise ValueError(SECRET)
+        except ValueError:
+            raise error from None
+    except LLMException:
+        assert isinstance(error.__context__, ValueError)
+    redact(error, SECRET)
+    assert error.__context__ is None
+
+
+def test_credentials_are_headers_that_are_named_so_and_a_proxys_password() -> None:
+    headers = {"Authorization": "Bearer a-b-c", "X-Api-Key": "k-e-y", "X-Team": "blue"}
+    assert credentials(headers) == ("Bearer a-b-c", "k-e-y")
+    assert credentials(None) == credentials({}, "http://proxy.example:3128") == ()
+    by_password = credentials(None, "http://me:p%40ss@proxy.example:3128")
+    assert by_password == ("p@ss", base64.b64encode(b"me:p@ss").decode()[:8])

@@ -57,11 +57,18 @@ class Route:
     stops: list[Model]
 
 
+class Foreign:
+    """A class of which nobody knows the fields."""
+
+    __slots__ = ()
+
+
 class Entry(TypedDict):
     key: str
     note: NotRequired[str]
 
 
+STR = {"type": "string"}
 PLAIN = {
     "title": "count it",
     "type": "object",
@@ -141,6 +148,8 @@ def _other_model() -> type:
     ("into", "complaint"),
     [
         (object(), "cannot be read"),
+        (Foreign, "cannot be read"),
+        (list[Foreign], "cannot be read"),
         (tuple[Inner, _other_model()], "two types in it are called Model"),  # type: ignore[misc]  # made at run time
         ({"properties": {"a": {"$ref": "#/$defs/A"}}}, "'#/$defs/A' leads to no schema"),
         ({"properties": {"a": {"$ref": "https://example.org/a"}}}, "leads to no schema"),
@@ -163,6 +172,7 @@ def test_a_type_that_nobody_reads_is_refused(into: Any, complaint: str) -> None:
         ({"a": {"a": 1}}, {"type": "object", "properties": {"a": {"$ref": "#"}}}, "$.a.a: expected object, got int"),
         ({"a": 1}, {"properties": {"a": False}}, "$.a: nothing is expected here"),
         ([1], {"items": False}, "$[0]: nothing is expected here"),
+        ([[1, "x"]], {"items": {"items": {"type": "integer"}}}, "$[0][1]: expected integer, got str"),
     ],
 )
 def test_a_schema_is_checked_as_far_as_it_describes_shape(value: Any, schema: Any, complaint: str) -> None:
@@ -256,6 +266,36 @@ def test_a_reference_with_a_description_is_one_still() -> None:
         "additionalProperties": False,
         "$defs": {"A": {"type": "string", "description": "(format: binary)"}},
     }
+
+
+def test_one_of_several_forms_is_any_of_them_when_strict_and_null_is_not_added_twice() -> None:
+    forms = [{"type": "string"}, {"type": "null"}]
+    strict = strict_schema(
+        {"properties": {"a": {"oneOf": forms}, "b": {"type": "null"}, "c": {"format": "uri", **STR}}}
+    )
+    assert strict is not None
+    assert strict["properties"] == {
+        "a": {"anyOf": forms},
+        "b": {"type": "null"},
+        "c": {"anyOf": [{"type": "string", "format": "uri"}, {"type": "null"}]},
+    }
+
+
+class Picky:
+    """A model after pydantic's manner whose errors have no places."""
+
+    @staticmethod
+    def model_json_schema() -> dict[str, Any]:
+        return {"type": "object"}
+
+    @staticmethod
+    def model_validate(value: Any) -> None:
+        raise ValueError("it is never right")
+
+
+def test_a_reader_that_names_no_places_is_quoted() -> None:
+    with pytest.raises(ValueError, match="it is never right"):
+        shape_of(Picky).read({})
 
 
 def test_msgspecs_own_bounds_are_kept_by_its_reader() -> None:

@@ -809,6 +809,28 @@ def test_output_ahead_is_waited_for_too() -> None:
     assert time_until([ledger], Cost(1, 0, 0), Cost(0, 0, 11), now=1.0) == 2 * WINDOW - 1.0
 
 
+def test_a_key_that_is_over_its_limit_pays_its_debt_before_it_takes_anybody() -> None:
+    """Its limit was lowered to 2 when 4 were used: the first two that come back are nobody's."""
+    over, other = Ledger(requests=4, window=WINDOW, guard=GUARD), full(requests=1, at=4.0)
+    for at in (0.0, 1.0, 2.0, 3.0):
+        send(over, Cost(), at)
+    over.set_limit("requests", 2)
+    waits = [time_until([over, other], Cost(), Cost(ahead), now=4.5) for ahead in range(3)]
+    assert waits == [SPAN + 2.0 - 4.5, SPAN + 3.0 - 4.5, SPAN + 4.0 - 4.5]
+    alone = [time_until([over], Cost(), Cost(ahead), now=4.5) for ahead in range(2)]
+    assert alone == [SPAN + 2.0 - 4.5, SPAN + 3.0 - 4.5]
+
+
+def test_a_debt_larger_than_an_entry_takes_all_of_it_and_some_of_the_next() -> None:
+    over, other = of_one("input_tokens", 10), of_one("input_tokens", 1)
+    for at, tokens in ((0.0, 4), (1.0, 0), (2.0, 6)):
+        send(over, Cost(1, tokens), at)
+    send(other, Cost(1, 1), 3.0)
+    over.set_limit("input_tokens", 5)
+    for ahead, at in enumerate([2.0, 2.0, 2.0, 2.0, 2.0, 3.0]):
+        assert time_until([over, other], Cost(1, 1), Cost(0, ahead), now=3.5) == SPAN + at - 3.5
+
+
 def test_what_has_expired_is_waited_for_no_more() -> None:
     assert time_until([full(requests=2, at=0.0)], Cost(), Cost(1), now=SPAN + 5.0) == 0.0
 

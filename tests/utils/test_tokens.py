@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,7 +13,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from llm.core.types import Message, MessageRole, Request
+from llm.core.content import Document, Image, Opaque, Part, Text, Thinking, ToolCall, ToolResult
+from llm.core.tools import Tool
+from llm.core.types import Message, MessageRole, Options, OutputFormat, Request
 from llm.utils import tokens
 from llm.utils.tokens import COEFFICIENTS, Overheads, TokenEstimator, features, rough_count, sampled
 
@@ -161,6 +164,44 @@ def test_messages_cost_beside_their_text() -> None:
     estimator = TokenEstimator(overheads=Overheads(request=100, message=10))
     assert estimator.measure(request("", "", "")) == 130.0
     assert estimator.measure(request(PROSE)) == 110.0 + rough_count(PROSE)
+
+
+BESIDE = Overheads(request=0, message=0, tools=500, tool=50, call=7, image=1000, page=2000)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (Text(PROSE), rough_count(PROSE)),
+        (Thinking(PROSE, b"{}", "anthropic"), rough_count(PROSE)),
+        (Image(url="https://example.org/a.png"), 1000),
+        (Document(text=PROSE), rough_count(PROSE)),
+        # Nobody knows how long it is.
+        (Document(url="https://example.org/a.pdf"), 2000),
+        (Document(data="A" * (tokens.BYTES_OF_PAGE - 1), media_type="application/pdf"), 2000),
+        (Document(data="A" * tokens.BYTES_OF_PAGE, media_type="application/pdf"), 4000),
+        (ToolCall("id", "look", PROSE), 7 + rough_count("look" + PROSE)),
+        (ToolResult("id", PROSE), 7 + rough_count(PROSE)),
+        (ToolResult("id", (Text(PROSE), Image(url="https://example.org/a.png"))), 1007 + rough_count(PROSE)),
+        (Opaque("new", b'{"words":"\xff"}', "anthropic"), rough_count('{"words":"\ufffd"}')),
+    ],
+)
+def test_each_part_of_a_message_counts_by_its_words_and_what_it_is(part: Part, expected: float) -> None:
+    asked = Request((Message(MessageRole.USER, (part,)),), "m")
+    # One run of letters more or less, where words meet.
+    assert TokenEstimator(overheads=BESIDE).measure(asked) == pytest.approx(expected, abs=1.5)
+
+
+def test_tools_and_the_answers_form_count_with_their_schemas() -> None:
+    estimator = TokenEstimator(overheads=BESIDE)
+    schema = {"type": "object", "properties": {"city": {"type": "string", "description": PROSE}}}
+    schema_alone = rough_count(json.dumps(schema, separators=(",", ":")))
+    tools = tuple(Tool(name=name, description=PROSE, parameters=schema) for name in ("one", "two"))
+    formed = Options(output_format=OutputFormat(schema))
+    empty = request("").messages
+    with_tools = estimator.measure(Request(empty, "m", Options(tools=tools)))
+    assert with_tools == pytest.approx(500 + 2 * (50 + rough_count(PROSE) + schema_alone), abs=10)
+    assert estimator.measure(Request(empty, "m", formed)) == pytest.approx(schema_alone, abs=2)
 
 
 def test_a_measure_stands_for_its_request() -> None:
