@@ -7,15 +7,18 @@ import gc
 import io
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from llm.core.events import Events, KeyParked
+import llm.middleware.logging
+from llm.core.content import Image, Text
+from llm.core.events import Events, KeyParked, LimitAdopted, SharedOwner
 from llm.core.exceptions import LLMConnectionError, LLMException
-from llm.core.types import Message, MessageRole, Request
+from llm.core.types import LLMResponse, Message, MessageRole, Request, Usage
 from llm.middleware.base import Call
 from llm.middleware.logging import LoggingMiddleware
 from llm.testing.clock import FakeClock
@@ -394,6 +397,73 @@ def test_a_logger_that_wants_errors_only_hears_of_no_warning() -> None:
         with own(level, events) as (_, keep):
             events.publish(parked)
         assert [record.getMessage() for record in keep.records] == expected
+
+
+def test_an_adopted_limit_and_a_shared_owner_are_told_in_words() -> None:
+    events = Events()
+    adopted = LimitAdopted(at=0.0, provider="p", quota="p/1 *", dimension="requests", limit=50)
+    with own(logging.INFO, events) as (_, keep):
+        events.publish(adopted)
+        events.publish(SharedOwner(at=0.0, provider="p", owner="organization o", pools=("p/1", "p/2")))
+    assert [(record.levelname, record.getMessage()) for record in keep.records] == [
+        ("INFO", "p: p/1 * is limited to 50 requests a window, as its vendor says"),
+        (
+            "WARNING",
+            "p: p/1 and p/2 answer in the name of organization o, and probably share its limits: "
+            "give their keys one entry in quota_pools",
+        ),
+    ]
+
+
+async def test_a_record_factory_of_the_users_own_makes_the_records() -> None:
+    """As libraries set one to add a field to every record."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*given: Any, **more: Any) -> logging.LogRecord:
+        record = before(*given, **more)
+        record.rack = "r7"
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        with own(logging.INFO) as (layer, keep):
+            await layer(Call("7", REQUEST, provider="p", model="m", started=1_000.0), answering)
+    finally:
+        logging.setLogRecordFactory(before)
+    [record] = keep.records
+    assert vars(record)["rack"] == "r7"
+    assert record.getMessage() == "7: answered by m in 0.000 s (0 tokens in, 0 out, 0 attempts)"
+
+
+async def answering(call: Call) -> Any:
+    return LLMResponse(text="x", model="m", usage=Usage())
+
+
+def test_records_of_many_threads_are_alike_and_not_each_thread_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.middleware.logging, "MAX_MODELS", 4)
+    together = threading.Barrier(10)
+    with own(logging.INFO) as (layer, keep):
+
+        def once() -> None:
+            # All are alive at once, so that no two have one identity.
+            together.wait(timeout=30.0)
+            asyncio.run(layer(Call("7", REQUEST, provider="p", model="m", started=1_000.0), answering))
+
+        threads = [threading.Thread(target=once) for _ in range(together.parties)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(layer._models) <= 4
+    assert [record.getMessage() for record in keep.records] == [keep.records[0].getMessage()] * together.parties
+    assert len({record.thread for record in keep.records}) == together.parties
+
+
+async def test_of_what_is_no_text_a_record_names_the_kind(records: list[logging.LogRecord]) -> None:
+    parts = (Text("look"), Image.from_url("https://example.org/a.png"))
+    async with rig([answer()], config=loud(content=True)) as r:
+        await r.client.complete([Message(MessageRole.USER, parts)])
+    assert "['look', 'Image']" in shown(of(records, logging.DEBUG))
 
 
 async def test_switched_off_it_writes_nothing(records: list[logging.LogRecord]) -> None:

@@ -244,6 +244,15 @@ async def test_a_fault_of_its_own_is_counted_and_fails_no_call(monkeypatch: pyte
         assert r.manager.get_status()["faults"]["metrics: ZeroDivisionError"] >= 2
 
 
+async def test_figures_that_cannot_be_counted_fail_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with rig([answer()]) as r:
+        layer = r.manager._metrics
+        assert layer is not None
+        monkeypatch.setattr(type(layer), "_count", lambda self, *given: 1 / 0)
+        assert await r.client.chat(PROMPT) == "hello"
+        assert r.manager.get_status()["faults"]["metrics: ZeroDivisionError"] == 1
+
+
 async def test_switched_off_there_are_none() -> None:
     config = configuration(middleware={"metrics": {"enabled": False}})
     async with rig([answer()], config=config) as r:

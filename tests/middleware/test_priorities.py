@@ -13,7 +13,7 @@ from llm.core.types import Message, MessageRole, Options, Priority, Request, Usa
 from llm.middleware.base import Call
 from llm.middleware.rate_limiter import OVERTAKERS, OVERTAKING_SECONDS
 
-from .fakes import SPAN, Bench, FakeKey, Task, ask, limited, outcome
+from .fakes import SPAN, Bench, FakeKey, Guessed, Task, ask, limited, outcome
 
 
 def asking(
@@ -68,9 +68,11 @@ async def test_tenants_of_one_priority_share_alike_however_much_each_asks_for() 
     assert left == {"large": 10, "small": 10}
 
 
-async def test_a_tenants_share_is_by_the_scarcest_limit_and_not_by_calls() -> None:
+@pytest.mark.parametrize("scarce", [{"input_tokens_per_minute": 1200}, {"tokens_per_minute": 1200}])
+async def test_a_tenants_share_is_by_the_scarcest_limit_and_not_by_calls(scarce: dict[str, Any]) -> None:
     bench = Bench(
-        limited(1, None, input_tokens_per_minute=1200),
+        limited(1, None, **scarce),
+        predictor=Guessed(0),
         estimate=lambda request: len(request.messages[0].content),
     )
     bench.usage = Usage(100, 0)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any, cast
 
-from llm.core.exceptions import LLMDeadlineExceededError, LLMPoolExhaustedError
-from llm.core.types import Settlement
+import pytest
+
+from llm.core.exceptions import LLMDeadlineExceededError, LLMException, LLMPoolExhaustedError, LLMQuotaExhaustedError
+from llm.core.types import Cost, LimitState, ObservedLimits, Settlement, Usage
+from llm.middleware import rate_limiter
 from llm.middleware.base import Call, Reply
+from llm.utils.output_predictor import OutputPredictor
 
 from .fakes import SPAN, Bench, Hold, answer, ask, limited, outcome
 
@@ -135,3 +140,209 @@ async def test_who_says_that_it_was_sent_after_it_was_settled_pays_nothing_more(
     await bench.limiter(ask(), given_up)
     assert used(bench) == 0
     assert bench.pool.released == [(1, asyncio.CancelledError)]
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+async def test_models_without_end_are_forgotten_and_their_books_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limiter, "MAX_AFFINITIES", 3)
+    bench = Bench(limited(1, 5))
+    for number in range(5):
+        await bench.limiter(ask(model=f"model-{number}"), bench.provider)
+    assert len(bench.limiter._quota_of) <= 3
+    assert used(bench) == 5, "one limit for all of them"
+    late = bench.start(ask(model="model-0"))
+    await bench.clock.settle()
+    assert not late.done()
+    await bench.clock.advance(SPAN)
+    await late
+
+
+async def test_routes_that_everybody_has_left_are_swept_while_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limiter, "MIN_COMPACT", 8)
+    bench = Bench(limited(1, 1, model="a"), limited(2, 1, model="b"))
+    for model in "ab":
+        await bench.limiter(ask(model=model, name="filler"), bench.provider)
+    head = bench.start(ask(model="a", name="head"))
+    left = [bench.start(ask(model="b", name=str(number))) for number in range(40)]
+    await bench.clock.settle()
+    assert len(bench.limiter._routes) == 2
+    for task in left:
+        task.cancel()
+    await bench.clock.settle()
+    for _ in range(20):
+        extra = bench.start(ask(model="a"))
+        await bench.clock.settle()
+        extra.cancel()
+        await bench.clock.settle()
+    assert len(bench.limiter._routes) == 1
+    await bench.clock.advance(SPAN)
+    await head
+    assert bench.order == ["head"]
+
+
+# -- overtaking ------------------------------------------------------------------------------------------------------
+
+
+async def test_nobody_overtakes_while_there_is_no_client() -> None:
+    sizes = {"filler 0": 60, "large": 90, "small": 10}
+    bench = Bench(
+        limited(1, 100, input_tokens_per_minute=100),
+        clients=1,
+        estimate=lambda request: sizes[request.messages[0].content],
+    )
+    bench.usage = Usage(0, 0)
+    hold = Hold(bench)
+    first = bench.start(ask("filler 0", name="filler 0"), hold)
+    await bench.clock.settle()
+    large, small = (bench.start(ask(name, name=name)) for name in ("large", "small"))
+    await bench.clock.settle()
+    assert bench.order == []
+    await hold.let_go()
+    await first
+    await bench.clock.settle()
+    assert bench.order == ["small"], "it fits beside what was used, and the large one does not"
+    await bench.clock.advance(SPAN)
+    await asyncio.gather(large, small)
+
+
+# -- what an attempt tells, early and late -----------------------------------------------------------------------------
+
+
+class Stream:
+    """An answer under way of which a test says how far it is."""
+
+    def __init__(self, *, settled: bool = False) -> None:
+        self.settled = settled
+        self.received = 0
+        self.usage: Usage | None = None
+        self.callbacks: list[Any] = []
+
+    def on_settled(self, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+
+async def streaming(bench: Bench, stream: Stream) -> Any:
+    """The permit of a call whose answer is *stream*."""
+    permits = []
+
+    async def provider(call: Call) -> Reply:
+        bench.leave(call)
+        permits.append(call.admission)
+        return cast(Reply, stream)
+
+    await bench.limiter(ask(), provider)
+    return permits[0]
+
+
+async def test_a_stream_is_counted_while_it_comes_by_its_text_or_by_what_the_vendor_says() -> None:
+    bench = Bench(limited(1, 9, output_tokens_per_minute=1000), cost=Cost(1, 10, 100))
+    stream = Stream()
+    permit = await streaming(bench, stream)
+    permit.observe(usage=Usage(10, 1))
+    ledger = bench.ledger()
+    stream.received = 100
+    permit.progress(bench.clock.now())
+    assert ledger.output_used == 22, "so many tokens as its text has by experience"
+    stream.usage = Usage(10, 70)
+    permit.progress(bench.clock.now())
+    assert ledger.output_used == 70
+    stream.callbacks[0](Settlement(usage=Usage(10, 80), exact=True))
+    permit.progress(bench.clock.now())
+    assert (ledger.output_used, ledger.open_output) == (80, 0), "what comes after its end changes nothing"
+
+
+async def test_a_stream_that_ended_before_it_was_followed_is_not_waited_for() -> None:
+    bench = Bench(limited(1, 9, output_tokens_per_minute=1000), cost=Cost(1, 10, 100))
+    stream = Stream(settled=True)
+    permit = await streaming(bench, stream)
+    assert bench.quota().streams == set()
+    permit.settle(Settlement(usage=Usage(10, 5)))
+    assert bench.ledger().output_used == 5
+
+
+async def test_an_answers_headers_find_what_the_streams_have_made_until_then() -> None:
+    bench = Bench(limited(1, 9, output_tokens_per_minute=1000), cost=Cost(1, 10, 100))
+    stream = Stream()
+    await streaming(bench, stream)
+    stream.received = 100
+    await bench.clock.advance(2.0)
+    told = ObservedLimits(requests=LimitState(9, 7))
+
+    async def answering(call: Call) -> Reply:
+        reply = bench.leave(call)
+        assert call.admission is not None
+        call.admission.observe(limits=told)
+        return reply
+
+    await bench.limiter(ask(), answering)
+    assert bench.ledger().output_used == 22 + 10
+
+
+async def test_with_the_layer_switched_off_headers_and_refusals_teach_nothing() -> None:
+    bench = Bench(limited(1, 9), enabled=False)
+
+    async def refusing(call: Call) -> Reply:
+        bench.leave(call)
+        assert call.admission is not None
+        call.admission.observe(limits=ObservedLimits(requests=LimitState(3, 0)))
+        raise LLMException("429", status=429)
+
+    for _ in range(5):
+        with pytest.raises(LLMException):
+            await bench.limiter(ask(), refusing)
+    assert len(bench.sent) == 5
+
+
+async def test_a_429_that_is_about_money_starts_nobody_slowly() -> None:
+    bench = Bench(limited(1, 9))
+
+    async def refusing(call: Call) -> Reply:
+        bench.leave(call)
+        raise LLMQuotaExhaustedError("no credit", status=429, retryable=True)
+
+    with pytest.raises(LLMQuotaExhaustedError):
+        await bench.limiter(ask(name="filler"), refusing)
+    await bench.clock.advance(2.0)
+    tasks = [bench.start(ask(name=str(number))) for number in range(8)]
+    await bench.clock.settle()
+    assert len(bench.order) == 8
+    await asyncio.gather(*tasks)
+
+
+async def test_a_permit_that_has_settled_takes_no_news() -> None:
+    bench = Bench(limited(1, 9, input_tokens_per_minute=100), cost=Cost(1, 10))
+    stream = Stream()
+    permit = await streaming(bench, stream)
+    permit.settle(Settlement(usage=Usage(10, 0)))
+    permit.observe(usage=Usage(90, 0))
+    permit.observe(limits=ObservedLimits(requests=LimitState(1, 0)))
+    permit.follow(stream)
+    assert (bench.ledger().input_used, bench.ledger().request_limit) == (10, 9)
+    assert bench.quota().streams == set()
+
+
+async def test_a_prompt_that_is_told_before_the_request_was_said_to_have_left_counts_at_once() -> None:
+    bench = Bench(limited(1, 9, input_tokens_per_minute=100), cost=Cost(1, 10))
+
+    async def provider(call: Call) -> Reply:
+        assert call.admission is not None
+        call.admission.observe(usage=Usage(25, 0))
+        assert bench.ledger().input_used == 25
+        return bench.leave(call)
+
+    bench.usage = Usage(25, 0)
+    await bench.limiter(ask(), provider)
+    assert bench.ledger().input_used == 25
+
+
+async def test_where_nobody_else_takes_of_it_output_is_promised_ahead() -> None:
+    bench = Bench(limited(1, 99, output_tokens_per_minute=100_000), predictor=OutputPredictor("balanced"))
+    stream = Stream()
+    permit = await streaming(bench, stream)
+    permit.observe(usage=Usage(10, 1))
+    await bench.clock.advance(2.0)
+    await bench.limiter(ask(), bench.provider)
+    ledger = bench.ledger()
+    assert (ledger.lead, ledger.speed) == (bench.quota().first_token, bench.limiter._appraiser.predictor.speed("m"))

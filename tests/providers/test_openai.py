@@ -67,7 +67,7 @@ def test_pieces_of_calls_find_their_call_by_place_by_id_or_by_order(openai: Open
     def piece(arguments: object, **more: object) -> dict[str, object]:
         return {"tool_calls": [{"function": {"name": more.pop("name", None), "arguments": arguments}, **more}]}
 
-    pieces = (
+    pieces: tuple[dict[str, object], ...] = (
         piece('{"a"', index=0, id="a", name="f"),
         piece(":1}", index=0),
         # Another id at the same place is another call.
