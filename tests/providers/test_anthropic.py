@@ -137,6 +137,25 @@ def test_a_block_without_words_says_nothing(anthropic: AnthropicProvider) -> Non
     assert (answer.text, answer.thinking) == ("", "")
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "stream", "streamed", "gather"),
+    [
+        (21_333, False, False, False),
+        (21_334, False, True, True),
+        (21_333, True, True, False),
+        (21_334, True, True, False),
+    ],
+)
+def test_an_answer_that_may_take_ten_minutes_is_streamed_and_gathered(
+    anthropic: AnthropicProvider, max_tokens: int, stream: bool, streamed: bool, gather: bool
+) -> None:
+    asked = Request(ASKED.messages, ASKED.model, Options(max_tokens=max_tokens), stream=stream)
+    encoded = anthropic.encode(asked, "k")
+    assert msgspec.json.decode(encoded.request.body).get("stream", False) is streamed
+    assert (encoded.request.headers["accept"] == "text/event-stream") is streamed
+    assert encoded.gather is gather
+
+
 def events(*each: dict[str, object]) -> bytes:
     return b"".join(b"data: " + msgspec.json.encode(event) + b"\n\n" for event in each)
 
