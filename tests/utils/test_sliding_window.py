@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import chain
 from math import ceil, inf, sqrt
@@ -1389,3 +1390,113 @@ def test_who_may_pass_does_not_delay_the_head_and_who_may_not_would(
 
 def test_whoever_can_never_go_is_not_waited_for() -> None:
     assert Ledger(requests=1).leaves_room(Cost(2), Cost(1), now=0.0)
+
+
+# -- every dimension in its own log ----------------------------------------------------------------------------------
+
+
+def books(ledger: Ledger, now: float) -> tuple[int, ...]:
+    """What is used of every dimension, and what the logs add up to: the same."""
+    ledger.expire(now)
+    used = tuple(ledger.used(dimension) for dimension in DIMENSIONS)
+    entries = [entry for entry in chain(ledger._log, ledger._produced, ledger._foreign) if entry.expiry != GONE]
+    assert used == tuple(sum(getattr(entry, dimension) for entry in entries) for dimension in DIMENSIONS)
+    return used
+
+
+@pytest.mark.parametrize("grain", [0.0, 0.5])
+def test_a_request_that_leaves_late_takes_all_that_it_holds_along(grain: float) -> None:
+    ledger = of_limits((9, 99, 99, 99), grain=grain)
+    early = ledger.reserve(Cost(1, 3, 0, 4), now=0.0)
+    late = ledger.reserve(Cost(1, 5, 0, 7), now=0.0)
+    assert early is not None
+    assert late is not None
+    early.sent(0.0)
+    late.sent(4.0)
+    assert books(ledger, 4.0) == (2, 8, 0, 11)
+    assert books(ledger, SPAN + grain) == (1, 5, 0, 7)
+    assert books(ledger, 4.0 + SPAN + grain) == (0, 0, 0, 0)
+
+
+def test_output_of_one_grain_goes_together_and_counts_in_both_of_its_dimensions() -> None:
+    ledger = of_limits((None, None, 999, 999), output_counts=True, output_grain=0.5)
+    reservation = send(ledger, Cost(1, 0, 10, 2), 0.0)
+    for now, total in ((1.0, 3), (1.25, 10), (1.75, 11)):
+        reservation.produced(total, mean=5, variance=1.0, now=now)
+    assert books(ledger, 1.75) == (1, 0, 11, 13)
+    assert len(ledger._produced) == 2
+    # Whatever came in a grain goes when its last did.
+    assert books(ledger, 1.0 + WINDOW) == (0, 0, 11, 11)
+    assert books(ledger, 1.25 + WINDOW) == (0, 0, 1, 1)
+    assert books(ledger, 1.75 + WINDOW) == (0, 0, 0, 0)
+
+
+def test_an_attempt_that_counts_in_two_windows_is_the_same_in_both() -> None:
+    pair = [of_limits((9, 99, 99, 99), output_counts=True) for _ in range(2)]
+    one, other = (ledger.reserve(Cost(1, 5, 8, 5), now=0.0) for ledger in pair)
+    assert one is not None
+    assert other is not None
+    one.also = other
+    steps: tuple[Callable[[], None], ...] = (
+        lambda: one.sent(1.0),
+        lambda: one.correct(input_tokens=7, tokens=6, now=2.0),
+        lambda: one.produced(3, mean=4, variance=2.0, now=3.0),
+        lambda: one.postpone(3.5, now=4.0),
+        lambda: one.settle(Cost(1, 6, 9, 6), now=5.0),
+    )
+    seen = []
+    for now, step in enumerate(steps, 1):
+        step()
+        first, second = ((*books(ledger, now), ledger.open_output, ledger.open_variance) for ledger in pair)
+        assert first == second
+        seen.append(first)
+    assert seen == [
+        (1, 5, 0, 5, 8, 0.0),
+        (1, 7, 0, 6, 8, 0.0),
+        (1, 7, 3, 9, 4, 2.0),
+        (1, 7, 3, 9, 4, 2.0),
+        (1, 6, 9, 15, 0, 0.0),
+    ]
+    assert [books(ledger, 3.5 + WINDOW - 0.01)[0] for ledger in pair] == [1, 1], "it counts from when it arrived"
+
+
+def test_what_is_open_of_several_answers_is_their_sum_until_the_last_ends() -> None:
+    ledger = of_limits((None, None, 999, None))
+    first, second = (ledger.reserve(Cost(1, 0, mean), now=0.0, variance=float(mean)) for mean in (10, 20))
+    assert first is not None
+    assert second is not None
+    assert (ledger.open_output, ledger.open_variance) == (30, 30.0)
+    first.settle(Cost(1, 0, 1), now=1.0)
+    assert (ledger.open_output, ledger.open_variance) == (20, 20.0)
+    second.settle(Cost(1, 0, 1), now=1.0)
+    assert (ledger.open_output, ledger.open_variance) == (0, 0.0)
+
+
+def test_a_successor_keeps_what_others_used_and_forgets_each_when_its_time_is_over() -> None:
+    ledger = of_limits((9, 99, None, None))
+    send(ledger, Cost(1, 5), 0.0)
+    ledger.add_foreign("input_tokens", 30, now=2.0)
+    heir = ledger.successor(3.0)
+    used = books(heir, 3.0)
+    assert used == books(ledger, 3.0)
+    assert used[1] > 30, "it comes back over a window"
+    assert heir.foreign == ledger.foreign
+    assert books(heir, SPAN)[0] == 0
+    assert books(heir, 2.0 + SPAN + WINDOW) == (0, 0, 0, 0)
+    assert books(ledger, 3.0) == used, "the old one is none the poorer"
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+def test_a_wait_is_for_what_comes_back_of_its_own_dimension(dimension: Dimension) -> None:
+    """Of three requests the second holds nearly all of the dimension, and the others of everything else."""
+    much, little = {name: (9 if name == dimension else 1) for name in DIMENSIONS}, dict.fromkeys(DIMENSIONS, 1)
+    ledger = of_one(dimension, 12)
+    for sent_at, cost in ((0.0, little), (1.0, much), (2.0, little)):
+        made = Cost(cost["requests"], cost["input_tokens"], cost["output_tokens"], cost["tokens"])
+        send(ledger, made, sent_at).settle(made, now=sent_at)
+    span = WINDOW if dimension == "output_tokens" else SPAN
+    # One is free; one more is so when the first goes, and nine when the second does.
+    returns: tuple[tuple[int, float | None], ...] = ((1, None), (2, 0.0), (3, 1.0), (11, 1.0), (12, 2.0))
+    for need, at in returns:
+        asked = Cost(**{"requests": 0, "input_tokens": 0, "output_tokens": 0, "tokens": 0, dimension: need})
+        assert time_until([ledger], asked, now=3.0) == (0.0 if at is None else span + at - 3.0), need
