@@ -331,3 +331,15 @@ def test_an_error_that_needs_no_hint_says_what_the_vendor_said(
     body = b'{"type":"error","error":{"type":"any","message":"as it is"}}'
     asked = Request(ASKED.messages, model)
     assert anthropic.classify(asked, status, {}, body).message == "as it is"
+
+
+def test_a_block_whose_unread_part_is_no_text_is_told_as_unreadable(anthropic: AnthropicProvider) -> None:
+    """Found by the fuzzer: what the first look skips, the second has to be able to refuse."""
+    block = b'{"type":"tool_use","id":"t","name":"f","x":"\xff","input":{}}'
+    decoder = anthropic.stream_decoder(ASKED)
+    assert decoder.feed(b'data: {"type":"content_block_start","index":0,"content_block":' + block + b"}\n\n") == []
+    assert isinstance(decoder.error, LLMProtocolError)
+    body = b'{"type":"message","content":[{"type":"tool_use","id":"t","name":"f","input":{"a":"\xff"}}]}'
+    with pytest.raises(LLMProtocolError) as caught:
+        anthropic.decode(ASKED, 200, {}, body)
+    assert caught.value.body == body

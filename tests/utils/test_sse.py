@@ -278,3 +278,10 @@ def test_payloads_end_with_the_event_that_is_too_large() -> None:
 
 def test_an_event_can_be_compared_and_kept_in_a_set() -> None:
     assert {Event(b"a"), Event(b"a"), Event(b"b")} == {Event(b"a"), Event(b"b")}
+
+
+def test_a_missing_blank_line_and_a_line_too_many_do_not_make_up_for_each_other() -> None:
+    """Found by the fuzzer: counted by newlines alone, the first two events were not one."""
+    body = b"event: a\ndata: 1\n?\nevent: b\ndata: 2\n\nevent: c\ndata: 3\n\n"
+    decoder = SSEDecoder()
+    assert decoder.payloads(body) == [b"1\n2", b"3"] == [event.data for event in SSEDecoder().feed(body)]

@@ -335,7 +335,11 @@ class AnthropicProvider:
             if block.type == "text":
                 text += block.text or ""
             else:
-                content = _parts(reply.content or (), body)
+                try:
+                    content = _parts(reply.content or (), body)
+                except UNREADABLE:
+                    # What was skipped before may hold bytes that are no text.
+                    raise self.classify(request, status, headers, body) from None
                 break
         reason = reply.stop_reason
         stop = STOP_REASON.get(reason or "", StopReason.UNKNOWN)
@@ -569,6 +573,8 @@ class AnthropicStream(EventStream):
                 if begun is not None:
                     if begun.type != "text":
                         self._begin(begun, data, chunks)
+                        if self.error is not None:
+                            return
                     elif begun.text:
                         self._content = True
                         say(StreamChunk(begun.text))
@@ -615,7 +621,13 @@ class AnthropicStream(EventStream):
         """A block that is not text has begun."""
         if self._block is not None:
             self._complete(self._block, chunks)
-        self._block = opened = _Open(_decode_raw_start(data).content_block)
+        try:
+            start = _decode_raw_start(data).content_block
+        except UNREADABLE:
+            # What was skipped before may hold bytes that are no text.
+            self._fail("an event of the stream cannot be read", data)
+            return
+        self._block = opened = _Open(start)
         if block.type == "tool_use":
             if block.name == self._format:
                 opened.is_format = True

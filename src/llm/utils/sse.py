@@ -74,9 +74,11 @@ class SSEDecoder:
                 payloads = head[6:].split(b"\n\ndata: ")
                 plain = head.count(b"\n") == 2 * len(payloads) - 2
             else:
-                # With a line for the name each event has one newline more.
+                # With a line for the name each event has one newline more. Blank lines are counted as well: one that
+                # is missing and a line that is too many would make up for each other.
                 payloads = _NAMED(head)
-                plain = head.count(b"\n") == 3 * len(payloads) - 2
+                count = len(payloads)
+                plain = head.count(b"\n\n") == count - 1 and head.count(b"\n") == 3 * count - 2
             if plain and b"\r" not in data:
                 buffer[:] = data[end + 2 :]
                 self._at_start = False
