@@ -157,7 +157,7 @@ async def test_one_dead_key_of_three_costs_no_call(streaming: bool) -> None:
         status = manager.get_status()
     assert status["metrics"]["requests"]["successful"] == 24
     assert status["metrics"]["requests"]["failed"] == 0
-    assert [key["state"] for key in status["providers"]["openai"]["keys"]] == ["ready", "parked", "ready"]
+    assert [key["state"] for key in status["providers"]["openai"]["keys"]] == ["healthy", "parked", "healthy"]
     assert "key2" not in keys(simulator)[-4:]
 
 
@@ -201,7 +201,7 @@ async def test_a_forbidden_request_is_told_from_a_forbidden_key_by_a_probe(diale
         simulator.forbidden.add("key2")
         await client.chat("hello")
         states = [key["state"] for key in manager.get_status()["providers"][dialect]["keys"]]
-    assert states == ["ready", "parked", "ready"]
+    assert states == ["healthy", "parked", "healthy"]
     assert [a.key for a in simulator.journal if a.method == "GET"] == ["key1", "key2"]
 
 

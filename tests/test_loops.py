@@ -225,7 +225,7 @@ def test_a_parked_key_is_probed_on_the_new_loop() -> None:
             with pytest.raises(LLMException):
                 await r.client.chat(PROMPT)
             await r.clock.advance(3_000.0)
-            assert r.states == ["ready"]
+            assert r.states == ["healthy"]
             assert await r.client.chat(PROMPT) == "works again"
 
     asyncio.run(later())

@@ -26,6 +26,7 @@ from .core.exceptions import (
     LLMStreamInterruptedError,
     LLMTimeoutError,
     Scope,
+    TargetFailure,
 )
 from .core.manager import LLMManager, close_llm_manager, get_llm_manager, set_llm_manager
 from .core.settings import LLMSettings, ProviderSettings, Secret
@@ -47,10 +48,13 @@ from .core.types import (
     Settlement,
     StopReason,
     StreamChunk,
+    Target,
     ToolCallDelta,
     Usage,
 )
 from .middleware.base import Admission, Call, Context, Handler, Middleware, Reply
+from .middleware.circuit_breaker import CircuitBreakerMiddleware
+from .middleware.fallback import FallbackMiddleware
 from .middleware.logging import LoggingMiddleware
 from .middleware.metrics import MetricsMiddleware
 from .middleware.rate_limiter import RateLimitMiddleware
@@ -67,10 +71,12 @@ __all__ = [
     "AttemptRecord",
     "Call",
     "CallOptions",
+    "CircuitBreakerMiddleware",
     "Context",
     "Document",
     "Estimate",
     "Events",
+    "FallbackMiddleware",
     "Handler",
     "Image",
     "LLMAuthenticationError",
@@ -123,6 +129,8 @@ __all__ = [
     "Store",
     "StreamChunk",
     "StreamingCall",
+    "Target",
+    "TargetFailure",
     "Text",
     "Thinking",
     "Tool",

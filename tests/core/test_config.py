@@ -32,6 +32,7 @@ from llm.core.settings import (
     TransportSettings,
     Weights,
 )
+from llm.core.types import Target
 
 KEY = "sk-ant-api03-planted-0123456789abcdefghijklmnopqrstuvwxyz"
 ROOT = Path(__file__).parents[2]
@@ -396,8 +397,10 @@ def test_the_documented_file_holds_every_key_and_its_settings_can_be_switched_on
     assert anthropic.counting == CountingSettings()
     tables = (
         *(config.LIMITS, config.POOL, config.TIMEOUTS, config.RETRY, config.RATE_LIMITER, config.LOGGING),
-        *(config.COUNTING, config.WEIGHTS),
+        *(config.COUNTING, config.WEIGHTS, config.CIRCUIT_BREAKER, config.FALLBACK, config.TARGET),
     )
+    assert anthropic.fallback == "others"
+    assert settings.fallbacks == {"others": (Target("gateway", "llama-4", {"max_tokens": 1000}),)}
     for key in {*config.TOP, *config.PROVIDER, *config.transport_table(Path()), *(key for t in tables for key in t)}:
         assert re.search(rf"^[ -]*{key}:", text, re.MULTILINE), key
 

@@ -267,7 +267,7 @@ async def test_a_caller_who_leaves_during_a_403s_probe_pays_for_a_refusal_and_th
         [quota] = quotas(r.manager)
         assert quota["input_tokens"]["used"] == 0
         assert r.manager.get_status()["providers"]["vendor"]["clients"]["in_use"] == 0
-        assert r.states == ["ready"]
+        assert r.states == ["healthy"]
 
 
 async def test_a_callers_own_timeout_is_a_cancellation_and_leaves_nothing() -> None:

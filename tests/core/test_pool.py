@@ -168,7 +168,7 @@ def test_what_the_pool_says_of_itself_is_true_and_holds_no_secret() -> None:
     client = bench.must_take()
     bench.fail(LLMRateLimitError("slow down", retry_after=5.0), 2)
     said = f"{bench.pool!r} {client!r} {bench.pool.keys!r} {bench.pool.statistics()!r}"
-    assert repr(bench.pool) == "<ProviderPool vendor: 1 of 2 clients in use, keys 1 ready, 2 paused, 3 ready>"
+    assert repr(bench.pool) == "<ProviderPool vendor: 1 of 2 clients in use, keys 1 healthy, 2 paused, 3 healthy>"
     assert repr(client) == "<PooledClient 1 on vendor/1, 0 served>"
     assert bench.pool.statistics()["keys"][1]["paused_for"] == 5.0
     for number in (1, 2, 3):
@@ -222,7 +222,7 @@ async def test_a_429_with_retry_after_pauses_the_key_for_as_long() -> None:
     await bench.clock.advance(10.4)
     assert bench.state() == "paused"
     await bench.clock.advance(0.2)
-    assert bench.state() == "ready"
+    assert bench.state() == "healthy"
 
 
 @pytest.mark.parametrize("hint", [None, 0.0])
@@ -278,7 +278,7 @@ async def test_an_error_of_another_key_or_of_the_request_teaches_nothing() -> No
     bench.pool.release(bench.must_take(), LLMConnectionError("lost", key_id="vendor/2"))
     bench.pool.release(bench.must_take(), asyncio.CancelledError())
     bench.pool.release(bench.must_take(), ZeroDivisionError())
-    assert [bench.state(number) for number in (1, 2, 3)] == ["ready"] * 3
+    assert [bench.state(number) for number in (1, 2, 3)] == ["healthy"] * 3
 
 
 # ---------------------------------------------------------------- parking
@@ -317,7 +317,7 @@ async def test_with_one_of_three_keys_dead_the_other_two_serve_every_call() -> N
             parked = [event for event in told.drain() if isinstance(event, KeyParked)]
         assert r.keys.count(2) == 1
         assert r.keys.count(1) == r.keys.count(3) == 6
-        assert r.states == ["ready", "parked", "ready"]
+        assert r.states == ["healthy", "parked", "healthy"]
         assert [event.key_id for event in parked] == ["vendor/2"]
         assert r.manager.get_status()["metrics"]["requests"]["failed"] == 0
 
@@ -345,7 +345,7 @@ async def test_a_call_that_waits_is_told_when_its_last_key_is_parked() -> None:
         await r.client.complete(PROMPT)
         first = asyncio.create_task(r.client.complete(PROMPT, timeout=500.0))
         await r.clock.settle()
-        assert r.states == ["ready", "parked"]
+        assert r.states == ["healthy", "parked"]
         await r.clock.advance(70.0)
         assert (await first).text == "hello"
 
@@ -360,14 +360,14 @@ async def test_a_403_of_a_good_key_is_the_requests_error() -> None:
             await r.client.complete(PROMPT)
         assert caught.value.scope == "request"
         assert (r.keys, r.probes) == ([1], [1])
-        assert r.states == ["ready", "ready"]
+        assert r.states == ["healthy", "healthy"]
 
 
 async def test_a_403_of_a_key_whose_probe_is_refused_too_parks_it_and_the_call_goes_on() -> None:
     async with rig(Vendor({1: failure(403)}), config=configuration(keys=2)) as r:
         assert await r.client.chat(PROMPT) == "hello"
         assert (r.keys, r.probes) == ([1, 2], [1])
-        assert r.states == ["parked", "ready"]
+        assert r.states == ["parked", "healthy"]
 
 
 async def test_a_probe_that_nobody_answers_says_nothing_against_the_key() -> None:
@@ -375,7 +375,7 @@ async def test_a_probe_that_nobody_answers_says_nothing_against_the_key() -> Non
     async with rig(vendor) as r:
         with pytest.raises(LLMAuthenticationError):
             await r.client.complete(PROMPT)
-        assert r.states == ["ready"]
+        assert r.states == ["healthy"]
 
 
 async def test_calls_that_ask_together_share_one_probe_and_its_answer_is_remembered_for_a_while() -> None:
@@ -415,7 +415,7 @@ async def test_a_parked_key_is_probed_at_growing_intervals_until_it_works() -> N
     assert instants == [30.0, 90.0, 190.0, 290.0, 390.0]
     bench.probe.status = 200
     await bench.clock.advance(100.0)
-    assert bench.state() == "ready"
+    assert bench.state() == "healthy"
     assert bench.kinds == ["KeyParked", "KeyRestored"]
     assert bench.clock.timers == 0
 
@@ -438,9 +438,9 @@ async def test_a_probe_that_fails_leaves_the_key_parked_and_the_next_one_set() -
     bench.fail(LLMAuthenticationError("revoked"))
     for status in (LLMConnectionError("lost"), ZeroDivisionError(), 503):
         bench.probe.status = status
-        assert bench.clock.timers == (0 if bench.state() == "ready" else 1)
+        assert bench.clock.timers == (0 if bench.state() == "healthy" else 1)
         await bench.clock.advance(1000.0)
-    assert bench.state() == "ready", "a vendor in trouble that lets the key in does not refuse the key"
+    assert bench.state() == "healthy", "a vendor in trouble that lets the key in does not refuse the key"
 
 
 async def test_a_restored_key_serves_again() -> None:
@@ -451,7 +451,7 @@ async def test_a_restored_key_serves_again() -> None:
         del vendor.refused[1]
         await r.clock.advance(30.0)
         assert await r.client.chat(PROMPT) == "hello"
-        assert r.states == ["ready"]
+        assert r.states == ["healthy"]
 
 
 async def test_what_a_key_learns_wakes_whoever_listens() -> None:
@@ -463,7 +463,7 @@ async def test_what_a_key_learns_wakes_whoever_listens() -> None:
     bench.fail(LLMAuthenticationError("revoked"))
     bench.probe.status = 200
     await bench.clock.advance(30.0)
-    assert changes == ["paused", "parked", "ready"]
+    assert changes == ["paused", "parked", "healthy"]
 
 
 # ---------------------------------------------------------------- the end
@@ -535,10 +535,10 @@ async def test_keys_are_paused_parked_and_restored_also_when_nobody_is_told() ->
     bench.fail(LLMRateLimitError("slow down", retry_after=5.0))
     assert bench.state() == "paused"
     await bench.clock.advance(6.0)
-    assert bench.state() == "ready"
+    assert bench.state() == "healthy"
     bench.fail(LLMAuthenticationError("revoked"))
     assert bench.state() == "parked"
     bench.probe.status = 200
     await bench.clock.advance(3600.0)
-    assert bench.state() == "ready"
+    assert bench.state() == "healthy"
     assert bench.told == []

@@ -42,7 +42,7 @@ def test_what_the_keys_have_learnt_stays_and_a_parked_one_is_probed_by_the_new_l
             assert r.keys == [1, 2, 2]
             await r.clock.advance(3600.0)
             assert r.probes == [1]
-            assert r.states[0] == "ready"
+            assert r.states[0] == "healthy"
 
     asyncio.run(again())
     assert r.clock.timers == 0

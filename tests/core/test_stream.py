@@ -469,7 +469,8 @@ async def test_no_cycle_keeps_a_call_and_its_prompt_alive(ending: str) -> None:
 
 
 async def test_no_cycle_keeps_a_failed_call_alive() -> None:
-    async with rig(lambda _: lost(), config=configuration(middleware={"retry": {"base_delay": 0}})) as r:
+    layers = {"retry": {"base_delay": 0}, "circuit_breaker": {"enabled": False}}
+    async with rig(lambda _: lost(), config=configuration(middleware=layers)) as r:
         with no_collector():
             before = _alive()
             for _ in range(2):

@@ -15,8 +15,8 @@ from llm.transports.base import HTTPRequest
 from tests.core.rig import END, PROMPT, answer, configuration, delta, failure, rig, stream
 
 PER_CALL = ["logging.calls", "metrics.calls"]
-PER_ATTEMPT = ["logging.attempts", "metrics.attempts"]
-DEFAULT = [*PER_CALL, "rate_limiter", "retry", *PER_ATTEMPT]
+PER_ATTEMPT = ["logging.attempts", "metrics.attempts", "circuit_breaker"]
+DEFAULT = [*PER_CALL, "fallback", "rate_limiter", "retry", *PER_ATTEMPT]
 
 
 class Journal:
@@ -95,8 +95,9 @@ async def test_what_stands_below_retry_sees_each_attempt_and_what_stands_above_s
         await r.client.complete(PROMPT)
     down = [line for line in journal.lines if line.startswith(("→", "provider"))]
     attempt = [f"→ {name}" for name in PER_ATTEMPT] + ["provider"]
-    assert down == [*(f"→ {name}" for name in [*PER_CALL, "rate_limiter", "retry"]), *attempt, *attempt]
+    assert down == [*(f"→ {name}" for name in [*PER_CALL, "fallback", "rate_limiter", "retry"]), *attempt, *attempt]
     assert [line for line in journal.lines if line.startswith("×")] == [
+        "× circuit_breaker LLMOverloadedError",
         "× metrics.attempts LLMOverloadedError",
         "× logging.attempts LLMOverloadedError",
     ]
@@ -108,7 +109,7 @@ async def test_extensions_stand_between_retry_and_the_attempts_records_with_the_
     async with rig([failure(500), answer()], config=config, middleware={"own": Adds(seen)}) as r:
         await r.client.complete(PROMPT)
         layers = r.manager.get_status()["providers"]["vendor"]["layers"]
-    assert layers == [*PER_CALL, "rate_limiter", "retry", "own", *PER_ATTEMPT]
+    assert layers == [*PER_CALL, "fallback", "rate_limiter", "retry", "own", *PER_ATTEMPT]
     assert seen == ["own vendor/1 a", "own vendor/2 b"]
 
 
@@ -166,7 +167,7 @@ async def test_a_limiter_that_is_switched_off_lifts_the_limits_and_still_hands_o
 
 
 async def test_everything_off_still_answers() -> None:
-    names = ("rate_limiter", "retry", "logging", "metrics")
+    names = ("rate_limiter", "retry", "circuit_breaker", "fallback", "logging", "metrics")
     config = configuration(middleware={name: {"enabled": False} for name in names})
     async with rig([answer()], config=config) as r:
         assert await r.client.chat(PROMPT) == "hello"
@@ -210,7 +211,9 @@ async def test_a_layer_can_be_taken_out_replaced_and_put_anywhere() -> None:
         with pytest.raises(LLMOverloadedError):
             await r.client.complete(PROMPT)
         layers = r.manager.get_status()["providers"]["vendor"]["layers"]
-    assert layers == ["outermost", "metrics.calls", "rate_limiter", "retry", "metrics.attempts"]
+    assert layers == [
+        *("outermost", "metrics.calls", "fallback", "rate_limiter", "retry", "metrics.attempts", "circuit_breaker")
+    ]
     assert seen == ["outermost", "instead of retry vendor/1 m"]
 
 

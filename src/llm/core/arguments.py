@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from math import isfinite
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -148,6 +148,12 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
         raise LLMInvalidRequestError(f"max_tokens: expected a positive number, got {result.max_tokens!r}")
     if result.n is not None and result.n < 1:
         raise LLMInvalidRequestError(f"n: expected a positive number, got {result.n!r}")
+    if result.fallback and not isinstance(result.fallback, str):
+        for number, target in enumerate(result.fallback):
+            try:
+                read_options({}, cast(CallOptions, target.options))
+            except LLMInvalidRequestError as error:
+                raise LLMInvalidRequestError(f"fallback[{number}].options: {error.message}") from None
     if result.tool_choice is not None:
         _check_choice(result.tool_choice, result.tools)
     if isinstance(result.reasoning, int) and result.reasoning < 1:

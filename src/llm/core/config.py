@@ -12,15 +12,18 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import msgspec
 
 from . import readers
-from .exceptions import LLMConfigurationError
+from .arguments import read_options
+from .exceptions import LLMConfigurationError, LLMInvalidRequestError
 from .reading import Absent, Node, Reader, Reading, Table, Wrong, kind, seen
 from .settings import (
+    CircuitBreakerSettings,
     CountingSettings,
+    FallbackSettings,
     KeySettings,
     LimitSettings,
     LLMSettings,
@@ -37,9 +40,10 @@ from .settings import (
     TransportSettings,
     Weights,
 )
+from .types import CallOptions, Target
 
 DIALECTS = ("anthropic", "openai", "openai_responses")
-MIDDLEWARE = ("rate_limiter", "retry", "logging", "metrics")
+MIDDLEWARE = ("rate_limiter", "retry", "circuit_breaker", "fallback", "logging", "metrics")
 STORES = ("memory",)
 
 _LARGEST_FILE = 256 * 1024
@@ -97,7 +101,22 @@ RETRY: Table = {
     "base_delay": readers.seconds_or_zero,
     "max_delay": readers.seconds_or_zero,
     "max_retry_after": readers.nullable(readers.seconds_or_zero),
+    "budget_share": readers.share,
+    "budget_per_second": readers.amount,
+    "budget_most": readers.amount,
 }
+CIRCUIT_BREAKER: Table = {
+    "enabled": readers.flag,
+    "consecutive": readers.count,
+    "failure_rate": readers.share,
+    "min_calls": readers.count,
+    "window": readers.seconds,
+    "open_seconds": readers.seconds,
+    "max_open_seconds": readers.seconds,
+    "ramp_seconds": readers.seconds_or_zero,
+}
+FALLBACK = ("enabled", "moves_on")
+TARGET = ("provider", "model", "options")
 LOGGING: Table = {"enabled": readers.flag, "content": readers.flag}
 METRICS: Table = {"enabled": readers.flag}
 _NAME = readers.nullable(readers.text)
@@ -124,13 +143,15 @@ _PROVIDER_LEAVES: Mapping[str, Reader[Any]] = {
 PROVIDER = (
     *("api_keys", "models", "rate_limits", "quota_pools", "dialect", *_PROVIDER_LEAVES, "model_aliases"),
     *("model_groups", "counting", "capabilities", "extra_body", "extra_headers", "pool", "timeouts", "transport"),
+    "fallback",
 )
-TOP = ("default_provider", "providers", "middleware", "model_aliases", "store", "unsupported")
+TOP = ("default_provider", "providers", "fallbacks", "middleware", "model_aliases", "store", "unsupported")
 
 _HOMES: Mapping[str, str] = {
     **dict.fromkeys(WEIGHTS, "middleware.rate_limiter.weights"),
     # Not its `model`: who writes that elsewhere hardly means how the vendor counts.
     **dict.fromkeys(("cache_reads", "rejected"), "providers.<name>.counting"),
+    **dict.fromkeys(CIRCUIT_BREAKER, "middleware.circuit_breaker"),
     **dict.fromkeys(RETRY, "middleware.retry"),
     **dict.fromkeys(RATE_LIMITER, "middleware.rate_limiter"),
     **dict.fromkeys(transport_table(Path()), "providers.<name>.transport"),
@@ -139,7 +160,7 @@ _HOMES: Mapping[str, str] = {
     **dict.fromkeys(LIMITS, "providers.<name>.rate_limits"),
     **dict.fromkeys(MIDDLEWARE, "middleware"),
     **dict.fromkeys(PROVIDER, "providers.<name>"),
-    **dict.fromkeys(("default_provider", "providers", "middleware", "store"), "the top level"),
+    **dict.fromkeys(("default_provider", "providers", "fallbacks", "middleware", "store"), "the top level"),
 }
 
 # -- the doors
@@ -300,10 +321,18 @@ def _settings(
     }
     first = next(iter(providers), "")
     choice = readers.one_of("provider", list(providers)) if providers else readers.text
+    fallbacks = {
+        name: _chain(node, choice)
+        for name, node in (fields["fallbacks"].mapping() if "fallbacks" in fields else {}).items()
+    }
+    for key, node in named.mapping().items():
+        if (chain := providers[key].fallback) is not None:
+            _check_fallback(node.mapping()["fallback"], key, chain, fallbacks)
     settings = LLMSettings(
         providers=providers,
         default_provider=_leaf(fields, "default_provider", choice, first),
         middleware=_middleware(fields.get("middleware"), known.middleware),
+        fallbacks=fallbacks,
         store=_leaf(fields, "store", readers.one_of("store", known.stores), "memory"),
         source=source,
     )
@@ -362,6 +391,7 @@ def _provider(
         model_groups=_groups(fields.get("model_groups")),
         counting=_section(fields.get("counting"), CountingSettings, COUNTING),
         capabilities=_capabilities(fields.get("capabilities")),
+        fallback=_leaf(fields, "fallback", _NAME, None),
         **{"unsupported": unsupported, **{name: _leaf(fields, name, read, None) for name, read in given.items()}},
     )
     # What could not be read stands for a default, and would be found to differ.
@@ -448,6 +478,11 @@ def _middleware(node: Node | None, known: Collection[str]) -> MiddlewareSettings
     retry = _section(fields.get("retry"), RetrySettings, RETRY)
     if retry.base_delay > retry.max_delay:
         fields["retry"].wrong(f"base_delay ({retry.base_delay:g} s) is above max_delay ({retry.max_delay:g} s)")
+    breaker = _section(fields.get("circuit_breaker"), CircuitBreakerSettings, CIRCUIT_BREAKER)
+    if breaker.open_seconds > breaker.max_open_seconds:
+        fields["circuit_breaker"].wrong(
+            f"open_seconds ({breaker.open_seconds:g} s) is above max_open_seconds ({breaker.max_open_seconds:g} s)"
+        )
     extensions = {}
     for name, extension in fields.items():
         if name not in MIDDLEWARE:
@@ -458,10 +493,53 @@ def _middleware(node: Node | None, known: Collection[str]) -> MiddlewareSettings
     return MiddlewareSettings(
         rate_limiter=RateLimiterSettings(**{**limiter, "weights": Weights(**limiter.get("weights", {}))}),
         retry=retry,
+        circuit_breaker=breaker,
+        fallback=_fallback(fields.get("fallback")),
         logging=_section(fields.get("logging"), LoggingSettings, LOGGING),
         metrics=_section(fields.get("metrics"), MetricsSettings, METRICS),
         extensions=extensions,
     )
+
+
+def _fallback(node: Node | None) -> FallbackSettings:
+    if node is None:
+        return FallbackSettings()
+    fields = node.fields(FALLBACK)
+    word = readers.one_of("error", ("context_length", "content_filter"))
+    words: list[Any] = [each.leaf(word, "") for each in fields["moves_on"].each()] if "moves_on" in fields else []
+    return FallbackSettings(enabled=_leaf(fields, "enabled", readers.flag, True), moves_on=tuple(words))
+
+
+def _chain(node: Node, provider: Reader[str]) -> tuple[Target, ...]:
+    """The targets of one of ``fallbacks``."""
+    targets: list[Target] = []
+    for each in node.each():
+        fields = each.fields(TARGET)
+        if "provider" not in fields:
+            each.wrong("names no provider: write `- provider: <name>`, and a model if it is not the provider's own")
+            continue
+        options = (
+            {name: child.tree() for name, child in fields["options"].mapping().items()} if "options" in fields else {}
+        )
+        target = Target(_leaf(fields, "provider", provider, ""), _leaf(fields, "model", _NAME, None), options)
+        try:
+            read_options({}, cast(CallOptions, {**options, "fallback": None}))
+        except LLMInvalidRequestError as error:
+            fields["options"].wrong(error.message)
+        if any((one.provider, one.model) == (target.provider, target.model) for one in targets):
+            each.wrong(f"{target.provider} is asked a second time: a chain must not come back to where it was")
+        targets.append(target)
+    if not targets and not node.reading.problems:
+        node.wrong("names no target: write `- provider: <name>`, or remove the chain")
+    return tuple(targets)
+
+
+def _check_fallback(node: Node, provider: str, chain: str, fallbacks: Mapping[str, tuple[Target, ...]]) -> None:
+    if chain not in fallbacks:
+        known = ", ".join(fallbacks) or "none: write one under `fallbacks`"
+        node.wrong(f"no chain of fallbacks is called {seen(chain)}; known: {known}")
+    elif any(target.provider == provider and target.model is None for target in fallbacks[chain]):
+        node.wrong(f"the chain {chain} comes back to {provider}: give that target another model, or take it out")
 
 
 def _section(node: Node | None, into: type[S], table: Table) -> S:

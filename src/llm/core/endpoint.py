@@ -186,6 +186,15 @@ class Endpoint:
         self._note(call, key, model, started, exchange, error)
         error.attempts = call.attempts
 
+    def objection(self, request: Request, model: str | None) -> LLMException | None:
+        """Why *request* would not be sent to *model*, None if it would."""
+        model = model or self._pool.default_model or ""
+        try:
+            self._provider.encode(Request(request.messages, model, request.options, request.stream), "")
+        except LLMException as error:
+            return error.with_traceback(None)
+        return None
+
     def close(self) -> None:
         """End the open streams, also those that nobody is reading, and let go of the timers."""
         self._closed = True
@@ -193,6 +202,11 @@ class Endpoint:
             stream.abort(_closed())
         if self._alarms is not None:
             self._alarms.close()
+
+    @property
+    def streaming(self) -> bool:
+        """Whether a stream is open."""
+        return bool(self._streams)
 
     def start_afresh(self) -> None:
         """Forget the streams and timers of an event loop that is gone."""

@@ -51,6 +51,16 @@ class AttemptFailed(Event, frozen=True, kw_only=True, tag=True, gc=False):
     retry_in: float | None
 
 
+class FellBack(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call's provider has not answered; *target* is asked next."""
+
+    call_id: str
+    error: str
+    """Class name of what the provider failed with."""
+    target: str
+    model: str | None
+
+
 class CallFinished(Event, frozen=True, kw_only=True, tag=True, gc=False):
     """A call ended, well (*error* is None) or not."""
 
@@ -81,6 +91,23 @@ class KeyRestored(Event, frozen=True, kw_only=True, tag=True, gc=False):
     key_id: str
 
 
+class CircuitOpened(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """Too much has failed: the provider, or one key of it, is left alone for *seconds*."""
+
+    key_id: str | None
+    """None: the whole provider."""
+    seconds: float
+    reason: str
+    """What failed last."""
+
+
+class CircuitClosed(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """An attempt has found that it answers again. *ramping*: the others follow by and by; not: as many as before."""
+
+    key_id: str | None
+    ramping: bool
+
+
 class LimitAdopted(Event, frozen=True, kw_only=True, tag=True, gc=False):
     """A quota's limit is now what its vendor says in headers: none was configured, or a higher one."""
 
@@ -107,10 +134,13 @@ ALL_EVENTS: tuple[type[Event], ...] = (
     CallQueued,
     CallAdmitted,
     AttemptFailed,
+    FellBack,
     CallFinished,
     KeyPaused,
     KeyParked,
     KeyRestored,
+    CircuitOpened,
+    CircuitClosed,
     LimitAdopted,
     SlowStarted,
     SharedOwner,

@@ -62,6 +62,18 @@ class AttemptRecord(msgspec.Struct, frozen=True, gc=False):
     """Whether the vendor may have seen the request, and so may bill it."""
 
 
+class TargetFailure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Why one target of a fallback chain did not answer. It holds no exception and no key."""
+
+    provider: str
+    model: str | None
+    error: str
+    """Class name of the error."""
+    message: str
+    status: int | None = None
+    retry_after: float | None = None
+
+
 class LLMException(Exception):
     """Base of everything this package raises on purpose.
 
@@ -109,6 +121,8 @@ class LLMException(Exception):
         self.partial = partial
         self.usage = usage
         self.attempts: tuple[AttemptRecord, ...] = ()
+        self.failures: tuple[TargetFailure, ...] = ()
+        """Of a fallback chain: what each of its targets said, this error last or next to last."""
 
     def __str__(self) -> str:
         facts = [
@@ -127,6 +141,9 @@ class LLMException(Exception):
         ]
         if len(self.attempts) > 1:
             facts.append(f"{len(self.attempts)} attempts")
+        if len(self.failures) > 1:
+            others = ", ".join(f"{f.provider}: {f.error}" for f in self.failures)
+            facts.append(f"{len(self.failures)} targets failed: {others}")
         return f"{self.message} [{', '.join(facts)}]" if facts else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from ..middleware.base import Call, Context, Middleware, Reply, compose
+from ..middleware.circuit_breaker import CircuitBreakerMiddleware
+from ..middleware.fallback import FallbackMiddleware, Line
 from ..middleware.logging import LoggingMiddleware
 from ..middleware.metrics import MetricsMiddleware
 from ..middleware.rate_limiter import RateLimitMiddleware
@@ -32,9 +34,11 @@ from ..stores.base import Store
 from ..stores.memory import MemoryStore
 from ..transports.base import Transport
 from ..utils.backoff import RetryPolicy
+from ..utils.breaker import BreakerPolicy
 from ..utils.clock import Clock, SystemClock
 from ..utils.output_predictor import OutputPredictor
 from ..utils.redact import credentials
+from ..utils.retry_budget import RetryBudget, RetryBudgetPolicy
 from ..utils.tokens import TokenEstimator, Tokenizer
 from . import config
 from .client import Home, LLMClient, Pipeline
@@ -43,7 +47,7 @@ from .events import Events
 from .exceptions import LLMConfigurationError, LLMConnectionError
 from .inquiry import Inquiry
 from .pool import ProviderPool
-from .settings import LLMSettings, ProviderSettings
+from .settings import CircuitBreakerSettings, LLMSettings, ProviderSettings
 from .types import CallOptions, Priority
 
 if TYPE_CHECKING:
@@ -60,6 +64,9 @@ Arrange: TypeAlias = Callable[[list[Layer]], Sequence[Layer]]
 PROVIDERS_GROUP = "brimful.providers"
 MIDDLEWARE_GROUP = "brimful.middleware"
 STORES_GROUP = "brimful.stores"
+
+DRAIN_STEP = 0.05
+"""Seconds between two looks at whether the last call is over."""
 
 
 class _Line(NamedTuple):
@@ -109,7 +116,7 @@ class LLMManager:
         self._random = random
         self._tokenizer = tokenizer
         self._store = store if store is not None else _store(settings.store, self._clock)
-        self._closed = self._store_closed = False
+        self._closed = self._store_closed = self._draining = False
         self._prefix = f"{int(random() * 0x10000):04x}"
         self._numbers = itertools.count(1)
         chosen = settings.middleware
@@ -119,6 +126,8 @@ class LLMManager:
             if chosen.logging.enabled
             else None
         )
+        self._targets: dict[str, Line] = {}
+        """The way to each provider, below the layers that see a call wherever it is answered."""
         self._lines: dict[str, _Line] = {
             name: self._line(provider, providers or {}, middleware or {}, arrange, transport or _http_transport)
             for name, provider in settings.providers.items()
@@ -224,13 +233,32 @@ class LLMManager:
             "faults": dict(self.events.faults),
         }
 
-    async def close(self) -> None:
+    def health(self) -> dict[str, Any]:
+        """For the probes of a platform: ``live``, ``ready``, and of each provider its ``circuit`` and its ``keys``.
+
+        *live* until the manager is closed. *ready* while the default provider, or one that its chain of fallbacks
+        leads to, has a key that may be asked: neither parked nor behind an open circuit; a paused one comes back by
+        itself. A key is ``healthy``, ``paused`` (``for`` so many seconds), ``parked`` (with its ``reason``), ``open``,
+        or ``probing`` (one attempt finds out).
+        """
+        providers = {name: line.pool.health() for name, line in self._lines.items()}
+        first = self.settings.default_provider
+        chain = self.settings.providers[first].fallback
+        targets = [first, *(target.provider for target in self.settings.fallbacks.get(chain or "", ()))]
+        ready = not self._draining and any(providers[name]["ready"] for name in targets)
+        return {"live": not self._closed, "ready": ready and not self._closed, "providers": providers}
+
+    async def close(self, *, drain: float = 0.0) -> None:
         """Close everything: waiting calls fail, calls under way lose their connections, later calls are refused.
+
+        With *drain* (seconds), calls that have begun may end first, for so long; new ones are refused at once.
 
         Raises:
             LLMConfigurationError: the manager is in use on another event loop, which is still open.
         """
         self._home.enter(asyncio.get_running_loop())
+        if drain > 0.0 and not self._closed:
+            await self._drain(drain)
         self._closed = True
         # First whatever decides at once, so that nothing new begins while connections are being closed. Closing again
         # does no harm, and finishes what a cancelled close has left.
@@ -249,6 +277,21 @@ class LLMManager:
             await self._store.close()
             self._store_closed = True
         self._home.loop = None
+
+    async def _drain(self, seconds: float) -> None:
+        """Refuse new calls, and wait until those that have begun are over, or the time is."""
+        self._draining = True
+        for line in self._lines.values():
+            line.pipeline.handler = _refuse
+        until = self._clock.now() + seconds
+        while self._busy and (left := until - self._clock.now()) > 0.0:
+            await self._clock.sleep(min(DRAIN_STEP, left))
+
+    @property
+    def _busy(self) -> bool:
+        return self._backoff.sleeping or any(
+            line.pool.in_use or line.limiter.waiting or line.endpoint.streaming for line in self._lines.values()
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -280,6 +323,7 @@ class LLMManager:
             probe=prober,
             default_model=provider.default_model,
             max_pause=chosen.retry.max_retry_after,
+            breaker=_breaker_policy(chosen.circuit_breaker),
         )
         _warn_of_retired(pool, provider)
         limiter = RateLimitMiddleware(
@@ -309,8 +353,27 @@ class LLMManager:
                 clock=self._backoff,
                 random=self._random,
                 events=self.events,
+                budget=RetryBudget(
+                    RetryBudgetPolicy(
+                        share=chosen.retry.budget_share,
+                        per_second=chosen.retry.budget_per_second,
+                        most=chosen.retry.budget_most,
+                    )
+                ),
             )
             if chosen.retry.enabled
+            else None
+        )
+        fallback = (
+            FallbackMiddleware(
+                self.settings.fallbacks,
+                settings.fallback,
+                self._targets,
+                clock=clock,
+                moves_on=chosen.fallback.moves_on,
+                events=self.events,
+            )
+            if chosen.fallback.enabled
             else None
         )
         layers: Sequence[Layer] = default_stack(
@@ -318,6 +381,8 @@ class LLMManager:
             retry=retry,
             logging=self._logging,
             metrics=self._metrics,
+            circuit_breaker=CircuitBreakerMiddleware(pool, clock=clock) if chosen.circuit_breaker.enabled else None,
+            fallback=fallback,
             extensions=self._extensions(settings.name, objects),
         )
         if arrange is not None:
@@ -332,13 +397,19 @@ class LLMManager:
             credentials=_credentials(settings),
         )
         inquiry = Inquiry(settings.name, provider, transport, pool, clock=clock, secrets=_credentials(settings))
+        place = next((at for at, layer in enumerate(layers, 1) if layer.middleware is fallback), 0)
+        below = compose([layer.middleware for layer in layers[place:]], endpoint)
+        aliases = settings.model_aliases
+        self._targets[settings.name] = Line(
+            below, lambda model: aliases.get(model, model) if model is not None else None, endpoint.objection
+        )
         pipeline = Pipeline(
             settings.name,
-            compose([layer.middleware for layer in layers], endpoint),
+            compose([layer.middleware for layer in layers[:place]], below),
             clock=clock,
             events=self.events,
             new_id=self._new_id,
-            aliases=settings.model_aliases,
+            aliases=aliases,
             home=self._home,
             estimate=limiter.estimate,
             inquiry=inquiry,
@@ -406,6 +477,11 @@ class _Backoff:
         finally:
             self._sleepers.discard(woken)
             timer.cancel()
+
+    @property
+    def sleeping(self) -> bool:
+        """Whether a call is between two attempts."""
+        return bool(self._sleepers)
 
     def forget(self) -> None:
         self._sleepers.clear()
@@ -613,3 +689,9 @@ async def close_llm_manager() -> None:
     manager, slot.manager = slot.manager, None
     if manager is not None:
         await manager.close()
+
+
+def _breaker_policy(settings: CircuitBreakerSettings) -> BreakerPolicy | None:
+    if not settings.enabled:
+        return None
+    return BreakerPolicy(**{name: getattr(settings, name) for name in BreakerPolicy.__struct_fields__})

@@ -3,8 +3,10 @@
 Theory of operation. A *key* is free, paused until an instant (its vendor said 429), or parked (its vendor said that it
 is of no use: 401, 402, a spent quota, 403 confirmed by a probe, or a pause too long to wait for). A parked key comes
 back only when a probe of it succeeds; probes go to the vendor's free models endpoint, at growing intervals, and to
-parked keys alone. A *pooled client* is a provider bound to one key, carrying one call at a time; it holds no socket
-(those belong to the transport), so making one costs nothing and recycling one for another key is a bookkeeping entry.
+parked keys alone. Beside that there is a *circuit* for each key and one for the whole provider, which opens when too
+much fails: what is behind it is left alone for seconds, then one attempt finds out (``utils/breaker.py``). A *pooled
+client* is a provider bound to one key, carrying one call at a time; it holds no socket (those belong to the transport),
+so making one costs nothing and recycling one for another key is a bookkeeping entry.
 
 Everything here decides at once; only the probe awaits.
 """
@@ -19,9 +21,17 @@ from math import inf
 from typing import Any, NamedTuple
 
 from ..middleware.base import Lease, PoolKey
+from ..utils.breaker import Breaker, BreakerPolicy, BreakerState
 from ..utils.clock import Clock, TimerHandle
-from .events import Events, KeyParked, KeyPaused, KeyRestored
-from .exceptions import LLMConnectionError, LLMException, LLMModelNotFoundError, Scope
+from .events import CircuitClosed, CircuitOpened, Events, KeyParked, KeyPaused, KeyRestored
+from .exceptions import (
+    LLMCircuitOpenError,
+    LLMConnectionError,
+    LLMException,
+    LLMModelNotFoundError,
+    LLMQuotaExhaustedError,
+    Scope,
+)
 from .settings import KeySettings, LimitSettings, PoolSettings, ProviderSettings
 from .types import Headers, KeyRef
 
@@ -56,6 +66,7 @@ class Key:
     __slots__ = (
         "_secret",
         "available_at",
+        "breaker",
         "headers",
         "limits",
         "model",
@@ -69,7 +80,7 @@ class Key:
         "strikes",
     )
 
-    def __init__(self, provider: ProviderSettings, settings: KeySettings) -> None:
+    def __init__(self, provider: ProviderSettings, settings: KeySettings, breaker: BreakerPolicy | None = None) -> None:
         self.ref = KeyRef(provider.name, settings.number)
         model = settings.model
         self.model: str | None = provider.model_aliases.get(model, model) if model is not None else None
@@ -78,7 +89,8 @@ class Key:
         self._secret = settings.secret
         self.paused_until = 0.0
         self.available_at = 0.0
-        """The instant from which it may be used: ``paused_until``, or infinite while it is parked."""
+        """The instant from which it may be used, by its pause and the circuits; infinite while it is parked."""
+        self.breaker = Breaker(breaker) if breaker is not None else None
         self.parked: Parked | None = None
         self.parkings = 0
         """How often in a row it was parked without serving a call in between."""
@@ -100,18 +112,24 @@ class Key:
         """One word for the status page."""
         if self.parked is not None:
             return "parked"
-        return "paused" if self.paused_until > now else "ready"
+        if self.breaker is not None and self.breaker.state is BreakerState.HALF_OPEN:
+            return "probing"
+        if self.breaker is not None and self.breaker.blocked(now):
+            return "open"
+        return "paused" if self.paused_until > now else "healthy"
 
 
 class PooledClient:
     """A provider bound to one key, carrying one call at a time."""
 
-    __slots__ = ("created_at", "key", "number", "served")
+    __slots__ = ("created_at", "guarded", "key", "number", "served")
 
     def __init__(self, number: int, key: Key, created_at: float) -> None:
         self.number = number
         self.key = key
         self.created_at = created_at
+        self.guarded: float | None = None
+        """Since when it carries an attempt that a circuit which is not closed has let through."""
         self.served = 0
 
     def __repr__(self) -> str:
@@ -135,10 +153,15 @@ class ProviderPool:
         probe: Probe,
         default_model: str | None = None,
         max_pause: float | None = 120.0,
+        breaker: BreakerPolicy | None = None,
     ) -> None:
         self.name = settings.name
         self.default_model = default_model
-        self.keys = tuple(Key(settings, key) for key in settings.keys)
+        # Of a single key, its circuit would be the provider's a second time.
+        self.keys = tuple(Key(settings, key, breaker if len(settings.keys) > 1 else None) for key in settings.keys)
+        self.breaker = Breaker(breaker) if breaker is not None else None
+        self._guarded = False
+        """Whether any circuit is not closed: only then does anything have to be asked of them."""
         self._settings: PoolSettings = settings.pool
         self._clock = clock
         self._random = random
@@ -207,6 +230,8 @@ class ProviderPool:
             client = PooledClient(self._created, key, self._clock.now())
         self._in_use += 1
         self._next = key.ref.number
+        if self._guarded:
+            self._pass_circuits(client)
         return client
 
     def release(self, lease: Lease, error: BaseException | None) -> None:
@@ -216,6 +241,8 @@ class ProviderPool:
         key = lease.key
         lease.served += 1
         self._in_use -= 1
+        if lease.guarded is not None:
+            self._leave_circuits(lease)
         if self._wears and self._worn(lease):
             self._size -= 1
         else:
@@ -225,9 +252,16 @@ class ProviderPool:
         else:
             self._learn(key, error)
 
+    @property
+    def in_use(self) -> int:
+        """How many clients carry an attempt."""
+        return self._in_use
+
     def refusal(self, route: Sequence[PoolKey]) -> LLMException | None:
         if self._closed:
             return LLMConnectionError("the manager is closed", provider=self.name, retryable=False)
+        if self._guarded:
+            return self._blocked(route)
         for key in route:
             if key.available_at < inf:
                 return None
@@ -235,6 +269,104 @@ class ProviderPool:
 
     def on_change(self, callback: Callable[[], None]) -> None:
         self._callbacks.append(callback)
+
+    # -- circuits ------------------------------------------------------------------------------------------------
+
+    def succeeded(self, ref: KeyRef, began: float) -> None:
+        """An attempt with a key, which *began* at an instant, was answered."""
+        now = self._clock.now()
+        for breaker in (self.breaker, self.keys[ref.number - 1].breaker):
+            if breaker is not None and breaker.succeeded(began, now):
+                self._turned(breaker, ref)
+        if self._guarded:
+            self._settle_circuits()
+
+    def failed(self, ref: KeyRef, began: float, error: LLMException) -> None:
+        """An attempt with a key, which *began* at an instant, was not answered, and not through the request's fault."""
+        now = self._clock.now()
+        reason = f"{type(error).__name__}: {error.message}"
+        if self.breaker is not None and self.breaker.failed(began, now, reason, under_way=self._in_use):
+            for key in self.keys:
+                if key.breaker is not None:
+                    # What the keys have seen is the provider's trouble.
+                    key.breaker.reset(now)
+            self._turned(self.breaker, ref)
+        else:
+            breaker = self.keys[ref.number - 1].breaker
+            if breaker is not None and breaker.failed(began, now, reason, under_way=self._in_use / len(self.keys)):
+                self._turned(breaker, ref)
+        if self._guarded:
+            self._settle_circuits()
+
+    def _turned(self, breaker: Breaker, ref: KeyRef) -> None:
+        """Tell of a circuit that has opened, or lets through again."""
+        self._guarded = True
+        now, key_id = self._clock.now(), ref.id if breaker is not self.breaker else None
+        if breaker.state is BreakerState.OPEN:
+            if CircuitOpened in self._events.wanted:
+                seconds, reason = breaker.ready_at - now, breaker.reason
+                self._events.publish(
+                    CircuitOpened(at=now, provider=self.name, key_id=key_id, seconds=seconds, reason=reason)
+                )
+        elif CircuitClosed in self._events.wanted:
+            ramping = breaker.state is BreakerState.RAMPING
+            self._events.publish(CircuitClosed(at=now, provider=self.name, key_id=key_id, ramping=ramping))
+
+    def _pass_circuits(self, client: PooledClient) -> None:
+        """An attempt goes while not every circuit is closed."""
+        client.guarded = now = self._clock.now()
+        for breaker in (self.breaker, client.key.breaker):
+            if breaker is not None and breaker.state is not BreakerState.CLOSED:
+                breaker.admit(now)
+        self._apply_circuits()
+
+    def _leave_circuits(self, client: PooledClient) -> None:
+        began, client.guarded = client.guarded, None
+        assert began is not None
+        for breaker in (self.breaker, client.key.breaker):
+            if breaker is not None:
+                breaker.leave(began)
+        self._settle_circuits()
+
+    def _settle_circuits(self) -> None:
+        """Something has changed: whoever waits may go now, or waits in vain."""
+        self._apply_circuits()
+        self._changed()
+
+    def _apply_circuits(self) -> None:
+        whole = self.breaker.ready_at if self.breaker is not None else 0.0
+        self._guarded = self.breaker is not None and self.breaker.state is not BreakerState.CLOSED
+        for key in self.keys:
+            at = whole
+            if (breaker := key.breaker) is not None:
+                at = max(at, breaker.ready_at)
+                self._guarded |= breaker.state is not BreakerState.CLOSED
+            key.available_at = inf if key.parked is not None else max(key.paused_until, at)
+
+    def _blocked(self, route: Sequence[PoolKey]) -> LLMException | None:
+        """Why no key of *route* is of use now, if circuits or parking keep all of them."""
+        now = self._clock.now()
+        whole = self.breaker is not None and self.breaker.blocked(now)
+        found: list[Breaker] = []
+        for key in route:
+            assert type(key) is Key
+            breaker = self.breaker if whole else key.breaker
+            if breaker is not None and breaker.blocked(now):
+                found.append(breaker)
+            elif key.parked is None:
+                return None
+        if not found:
+            return self._all_parked(route)
+        soonest = min(found, key=lambda breaker: breaker.ready_at)
+        wait = soonest.ready_at - now
+        when = f"for {wait:.1f} s more" if wait < inf else "until an attempt that is under way has found out"
+        return LLMCircuitOpenError(
+            f"{self.name} is left alone {when}, because too much failed; the last: {soonest.reason}",
+            provider=self.name,
+            retry_after=wait if wait < inf else None,
+            retryable=False,
+            scope=Scope.PROVIDER,
+        )
 
     # -- what keys learn -----------------------------------------------------------------------------------------
 
@@ -246,8 +378,13 @@ class ProviderPool:
         if isinstance(error, LLMException) and error.scope is Scope.KEY and error.key_id == key.ref.id:
             if error.retryable:
                 self._pause(key, error)
-            else:
-                self._park(key, error)
+                return
+            self._park(key, error)
+            if isinstance(error, LLMQuotaExhaustedError) and key.quota_pool is not None:
+                # What is spent is the organisation's, whoever of its keys asks.
+                for other in self.keys:
+                    if other.quota_pool == key.quota_pool and other.parked is None:
+                        self._park(other, error)
 
     def _pause(self, key: Key, error: LLMException) -> None:
         now = self._clock.now()
@@ -265,7 +402,7 @@ class ProviderPool:
         if now + seconds > key.paused_until:
             key.paused_until = now + seconds
             if key.parked is None:
-                key.available_at = key.paused_until
+                key.available_at = max(key.available_at, key.paused_until)
             if KeyPaused in self._events.wanted:
                 self._events.publish(KeyPaused(at=now, provider=self.name, key_id=key.ref.id, seconds=seconds))
         self._changed()
@@ -289,6 +426,8 @@ class ProviderPool:
     def _restore(self, key: Key) -> None:
         key.parked = None
         key.paused_until = key.available_at = 0.0
+        if self._guarded:
+            self._apply_circuits()
         if KeyRestored in self._events.wanted:
             self._events.publish(KeyRestored(at=self._clock.now(), provider=self.name, key_id=key.ref.id))
         self._changed()
@@ -405,11 +544,13 @@ class ProviderPool:
                 "created": self._created,
                 "recycled": self._recycled,
             },
+            "circuit": _circuit(self.breaker, now),
             "keys": [
                 {
                     "id": key.ref.id,
                     "model": key.model,
                     "state": key.state(now),
+                    "circuit": _circuit(key.breaker, now),
                     "paused_for": max(0.0, key.paused_until - now),
                     "reason": f"{key.parked.kind.__name__}: {key.parked.message}" if key.parked is not None else None,
                 }
@@ -417,10 +558,31 @@ class ProviderPool:
             ],
         }
 
+    def health(self) -> dict[str, Any]:
+        """Whether any key may be asked, and the state of each, by its place in the configuration."""
+        now = self._clock.now()
+        blocked = self.breaker is not None and self.breaker.blocked(now)
+        keys: dict[str, dict[str, Any]] = {}
+        for key in self.keys:
+            facts: dict[str, Any] = {"state": key.state(now)}
+            if key.parked is not None:
+                facts["reason"] = f"{key.parked.kind.__name__}: {key.parked.message}"
+            elif key.paused_until > now:
+                facts["for"] = key.paused_until - now
+            keys[key.ref.id] = facts
+        usable = any(facts["state"] in ("healthy", "paused") for facts in keys.values())
+        circuit = self.breaker.state.value if self.breaker is not None else None
+        return {"ready": usable and not blocked and not self._closed, "circuit": circuit, "keys": keys}
+
     def start_afresh(self) -> None:
         """Forget the clients and probes of an event loop that is gone; what the keys have learnt stays."""
         self._past = self._created
         self._in_use = self._size = 0
+        for breaker in (self.breaker, *(key.breaker for key in self.keys)):
+            if breaker is not None:
+                # Nobody is left to tell what became of the attempt that was to find out.
+                breaker.reset(self._clock.now())
+        self._apply_circuits()
         for clients in self._idle.values():
             clients.clear()
         self._probing.clear()
@@ -447,3 +609,15 @@ class ProviderPool:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _circuit(breaker: Breaker | None, now: float) -> dict[str, Any] | None:
+    """A circuit for the status page: its state, why it is not closed, and the seconds until an attempt may go."""
+    if breaker is None:
+        return None
+    wait = breaker.ready_at - now
+    return {
+        "state": breaker.state.value,
+        "reason": breaker.reason if breaker.state is not BreakerState.CLOSED else None,
+        "next_probe_in": max(0.0, wait) if breaker.state is BreakerState.OPEN else None,
+    }

@@ -106,6 +106,22 @@ def weight(value: Any) -> float:
     return float(number)
 
 
+def share(value: Any) -> float:
+    """A share of a whole: a number from 0 to 1."""
+    number = _number(value, "a number from 0 to 1")
+    if not 0 <= number <= 1:
+        raise Wrong(f"must be from 0 to 1, got {seen(number)}")
+    return float(number)
+
+
+def amount(value: Any) -> float:
+    """A number that is not negative."""
+    number = _number(value, "a number")
+    if number < 0:
+        raise Wrong(f"must not be negative, got {seen(number)}")
+    return float(number)
+
+
 def _number(value: Any, what: str) -> float:
     number = _bare(value, r"[+-]?([0-9]{1,15}(\.[0-9]*)?|\.[0-9]+)", float)
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= LARGEST:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from .types import Target
+
 
 class Secret:
     """A string that shows itself to nobody but ``reveal()``."""
@@ -182,6 +184,8 @@ class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True):
     counting: CountingSettings = CountingSettings()
     capabilities: dict[str, ModelRules] = {}
     """What models accept, by pattern; the first that fits counts, also under another address than the vendor's."""
+    fallback: str | None = None
+    """The chain of ``fallbacks`` that is asked when this provider cannot answer."""
 
     @property
     def custom(self) -> bool:
@@ -234,6 +238,34 @@ class RetrySettings(msgspec.Struct, frozen=True, kw_only=True):
     max_delay: float = 8.0
     max_retry_after: float | None = 120.0
     """A vendor's ``retry-after`` longer than this is not waited for (on another key the call goes on at once)."""
+    budget_share: float = 0.1
+    budget_per_second: float = 1.0
+    budget_most: float = 50.0
+    """Retries that one provider is sent: a share of its calls and so many a second, of which so many can be saved up. A
+    retry after a 429 costs a tenth of one."""
+
+
+class CircuitBreakerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """When a provider, or one key of several, is left alone (``utils/breaker.py``). Times in seconds."""
+
+    enabled: bool = True
+    consecutive: int = 5
+    """Failures in a row that open a circuit."""
+    failure_rate: float = 0.5
+    min_calls: int = 20
+    """So large a share of at least so many attempts within *window* opens it too."""
+    window: float = 10.0
+    open_seconds: float = 1.0
+    max_open_seconds: float = 4.0
+    """How long it stays open before one attempt finds out: doubled from the one to the other."""
+    ramp_seconds: float = 3.0
+    """In which, after that, as many go as before."""
+
+
+class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    moves_on: tuple[Literal["context_length", "content_filter"], ...] = ()
+    """Errors of the request itself after which the next target is asked all the same."""
 
 
 class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -251,6 +283,8 @@ class MiddlewareSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     rate_limiter: RateLimiterSettings = RateLimiterSettings()
     retry: RetrySettings = RetrySettings()
+    circuit_breaker: CircuitBreakerSettings = CircuitBreakerSettings()
+    fallback: FallbackSettings = FallbackSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     extensions: dict[str, dict[str, Any]] = {}
@@ -264,6 +298,8 @@ class LLMSettings(msgspec.Struct, frozen=True, kw_only=True):
     providers: dict[str, ProviderSettings]
     default_provider: str
     middleware: MiddlewareSettings = MiddlewareSettings()
+    fallbacks: dict[str, tuple[Target, ...]] = {}
+    """Chains of targets by name."""
     store: str = "memory"
     """Where shared state lives: ``memory``, or the name of a registered store."""
     source: str = "mapping"

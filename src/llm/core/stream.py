@@ -24,6 +24,7 @@ from .exceptions import (
     LLMException,
     LLMStreamInterruptedError,
     LLMTimeoutError,
+    TargetFailure,
 )
 from .types import (
     FaultReporter,
@@ -84,6 +85,7 @@ class ResponseStream:
         "_seen",
         "_settlement",
         "_timer",
+        "failures",
         "key_id",
         "provider",
         "ready",
@@ -122,10 +124,16 @@ class ResponseStream:
         self.key_id = key_id
         self.request_id = request_id
         self.warnings = warnings
+        self.failures: tuple[TargetFailure, ...] = ()
+        """The targets of a fallback chain that were asked before, or passed over, and why."""
 
     def __repr__(self) -> str:
         state = "open" if self._settlement is None else "whole" if self._decoder.done else "ended early"
         return f"<ResponseStream {self.provider} {self.model}: {state}, {len(self._seen)} chunks>"
+
+    def tell_failures(self, failures: tuple[TargetFailure, ...]) -> None:
+        """Complete a stream that nobody has seen yet."""
+        self.failures = failures
 
     @property
     def usage(self) -> Usage | None:
@@ -181,6 +189,7 @@ class ResponseStream:
             key_id=self.key_id,
             request_id=self.request_id,
             warnings=self.warnings,
+            failures=self.failures,
         )
 
     def on_settled(self, callback: SettledCallback) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypedDict
 import msgspec
 
 from .content import Part, Text, ToolCall
+from .exceptions import TargetFailure
 from .tools import Tool
 
 SettledCallback = Callable[["Settlement"], None]
@@ -215,6 +216,16 @@ class OutputFormat(msgspec.Struct, frozen=True):
     """Whether the vendor must hold the model to it, where the vendor can."""
 
 
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One place of a fallback chain: a provider, perhaps a model of it, and options that differ there."""
+
+    provider: str
+    model: str | None = None
+    """None: the provider's own default."""
+    options: dict[str, Any] = {}
+    """Over those of the call, by the names of :class:`CallOptions`."""
+
+
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one call asks of the model beyond its messages. None means: not said, the vendor's default."""
 
@@ -250,6 +261,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """On whose behalf: tenants of one priority share what there is equally."""
     tag: str = ""
     """The place in your program that calls: sizes are learnt for each model and tag."""
+    fallback: str | tuple[Target, ...] | None = None
+    """Who is asked when the provider cannot answer: a chain's name in the configuration, or targets; ``()`` for nobody.
+    None: as the configuration says."""
 
     def __repr__(self) -> str:
         unsaid = zip(self.__struct_fields__, self.__struct_defaults__, strict=True)
@@ -285,6 +299,7 @@ class CallOptions(TypedDict, total=False):
     priority: Priority | Literal["high", "normal", "low"] | None
     tenant: str | None
     tag: str | None
+    fallback: str | Sequence[Target] | None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -319,8 +334,14 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The vendor's name for the request: quote it to their support."""
     warnings: tuple[str, ...] = ()
     """What was asked and not sent because the model refuses it."""
+    failures: tuple[TargetFailure, ...] = ()
+    """The targets of a fallback chain that were asked before, or passed over, and why."""
     body: bytes = b""
     """The vendor's reply, byte for byte (of a stream: empty)."""
+
+    def tell_failures(self, failures: tuple[TargetFailure, ...]) -> None:
+        """Complete an answer that nobody has seen yet."""
+        msgspec.structs.force_setattr(self, "failures", failures)
 
     @property
     def raw(self) -> Any:

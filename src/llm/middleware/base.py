@@ -109,6 +109,18 @@ class KeyPool(Protocol):
         ...
 
 
+class Circuits(Protocol):
+    """What is told of attempts, to see which key or provider is down. *began* is the instant at which one did."""
+
+    def succeeded(self, ref: KeyRef, began: float, /) -> None:
+        """It was answered, if only with a no."""
+        ...
+
+    def failed(self, ref: KeyRef, began: float, error: LLMException, /) -> None:
+        """It was not, and the request was not to blame."""
+        ...
+
+
 class Call:
     """Everything one call knows of itself; the one mutable record, owned by one task."""
 
@@ -122,6 +134,7 @@ class Call:
         "provider",
         "queued",
         "request",
+        "retries",
         "started",
         "stream",
         "ticket",
@@ -148,6 +161,8 @@ class Call:
         self.deadline = deadline
         """The instant by which the whole call must have ended, on the manager's clock."""
         self.attempts: tuple[AttemptRecord, ...] = ()
+        self.retries = 0
+        """Attempts that were repetitions, over all targets."""
         self.admission: Admission | None = None
         self.stream: ResponseStream | None = None
         """The stream that the current attempt has opened, so that whoever gives the attempt up can close it."""
@@ -158,6 +173,12 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.id} {self.provider} {self.model or 'any model'}, {len(self.attempts)} attempts>"
+
+    def turn_to(self, provider: str, model: str | None, request: Request) -> None:
+        """Go on with another target, where nothing is known of the call yet."""
+        self.close_stream()
+        self.provider, self.model, self.request = provider, model, request
+        self.admission = self.ticket = None
 
     def close_stream(self) -> None:
         """Close what the attempt had opened, if it had."""

@@ -19,8 +19,11 @@ from ..core.content import Text
 from ..core.events import (
     AttemptFailed,
     CallQueued,
+    CircuitClosed,
+    CircuitOpened,
     Event,
     Events,
+    FellBack,
     KeyParked,
     KeyPaused,
     KeyRestored,
@@ -34,6 +37,18 @@ from ..utils.clock import Clock
 from .base import Call, Handler, Reply
 
 NO_USAGE = Usage()
+NOTEWORTHY = (
+    AttemptFailed,
+    CallQueued,
+    CircuitClosed,
+    CircuitOpened,
+    FellBack,
+    KeyPaused,
+    KeyParked,
+    KeyRestored,
+    LimitAdopted,
+    SharedOwner,
+)
 MAX_MODELS = 64
 """Levels and threads of which a record is kept to be copied."""
 
@@ -57,9 +72,7 @@ class LoggingMiddleware:
         self._content = content
         self._logger = logger if logger is not None else logging.getLogger("brimful")
         self._models: dict[tuple[int, int, int], dict[str, Any]] = {}
-        self._events.listen(
-            self._on_event, AttemptFailed, CallQueued, KeyPaused, KeyParked, KeyRestored, LimitAdopted, SharedOwner
-        )
+        self._events.listen(self._on_event, *NOTEWORTHY)
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
         return await self.calls(call, handler)
@@ -163,6 +176,18 @@ class LoggingMiddleware:
                 self._warn(event, f"key {event.key_id} is paused for {event.seconds:.1f} s")
             case KeyParked():
                 self._warn(event, f"key {event.key_id} is parked: {event.reason}")
+            case FellBack():
+                where = event.target if event.model is None else f"{event.target} ({event.model})"
+                self._warn(event, f"call {event.call_id} goes on at {where} after {event.error}")
+            case CircuitOpened():
+                what = f"key {event.key_id}" if event.key_id is not None else "the provider"
+                self._warn(event, f"{what} is left alone for {event.seconds:.1f} s: {event.reason}")
+            case CircuitClosed(ramping=True):
+                what = f"key {event.key_id}" if event.key_id is not None else "the provider"
+                self._warn(event, f"{what} answers again")
+            case CircuitClosed():
+                # It was told when it answered again.
+                return
             case KeyRestored():
                 self._warn(event, f"key {event.key_id} works again")
             case LimitAdopted():

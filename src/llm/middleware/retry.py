@@ -1,7 +1,8 @@
 """Repetition: the only layer that sends a call again, and every attempt pays for itself.
 
 A failed attempt is settled *before* the backoff, so that a call holds neither permit nor client while it sleeps, and
-the admission is renewed *after* it, so that retrying is not a way around the rate limit.
+the admission is renewed *after* it, so that retrying is not a way around the rate limit. Nor does it multiply trouble:
+a provider is sent no more retries than its budget allows (``utils/retry_budget.py``).
 """
 
 from __future__ import annotations
@@ -9,30 +10,40 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..core.events import AttemptFailed, Events
-from ..core.exceptions import LLMDeadlineExceededError, LLMException, Scope
+from ..core.exceptions import LLMDeadlineExceededError, LLMException, LLMRateLimitError, Scope
 from ..core.types import Settlement
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock
+from ..utils.retry_budget import RetryBudget
 from .base import Call, Handler, Reply
 
 
 class RetryMiddleware:
-    """Repeats a call as its errors and the policy allow, within the call's deadline.
+    """Repeats a call as its errors, the policy and the *budget* allow, within the call's deadline.
 
     *random* gives the jitter, uniform in [0, 1).
     """
 
     def __init__(
-        self, policy: RetryPolicy, *, clock: Clock, random: Callable[[], float], events: Events | None = None
+        self,
+        policy: RetryPolicy,
+        *,
+        clock: Clock,
+        random: Callable[[], float],
+        events: Events | None = None,
+        budget: RetryBudget | None = None,
     ) -> None:
         self._policy = policy
+        self._budget = budget
         self._clock = clock
         self._random = random
         self._events = events if events is not None else Events()
 
     async def __call__(self, call: Call, handler: Handler, /) -> Reply:
-        attempts = tries = 0
+        attempts = 0
         dead: set[str | None] = set()
+        if self._budget is not None:
+            self._budget.deposit()
         while True:
             try:
                 return await handler(call)
@@ -46,8 +57,13 @@ class RetryMiddleware:
                     delay = 0.0 if admission is not None and error.key_id not in dead else None
                     dead.add(error.key_id)
                 else:
-                    tries += 1
+                    # Each target's first attempt is its own; repetitions are counted over all of them.
+                    tries = call.retries + 1
                     delay = self._policy.delay(error, tries, jitter=self._random(), only_key=admission is None)
+                    if delay is not None and not self._afford(error):
+                        delay = None
+                    if delay is not None:
+                        call.retries += 1
                 late = delay is not None and call.deadline is not None and self._clock.now() + delay >= call.deadline
                 if admission is not None:
                     admission.settle(Settlement(usage=error.usage, error=error))
@@ -68,6 +84,16 @@ class RetryMiddleware:
                         await admission.renew(call)
                     except LLMException as refusal:
                         raise refusal from error
+
+    def _afford(self, error: LLMException) -> bool:
+        """Whether there is a retry left for it."""
+        throttled = isinstance(error, LLMRateLimitError)
+        return self._budget is None or self._budget.withdraw(self._clock.now(), throttled=throttled)
+
+    def statistics(self) -> dict[str, float]:
+        """What is left of the budget, and how many retries were not made for want of it."""
+        budget = self._budget
+        return {"budget": budget.balance, "denied": budget.denied} if budget is not None else {}
 
     def _report(self, call: Call, error: LLMException, attempt: int, delay: float | None) -> None:
         if AttemptFailed in self._events.wanted:

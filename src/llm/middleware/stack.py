@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .base import Middleware
+from .circuit_breaker import CircuitBreakerMiddleware
+from .fallback import FallbackMiddleware
 from .logging import LoggingMiddleware
 from .metrics import MetricsMiddleware
 from .rate_limiter import RateLimitMiddleware
@@ -29,6 +31,8 @@ def default_stack(
     retry: RetryMiddleware | None,
     logging: LoggingMiddleware | None,
     metrics: MetricsMiddleware | None,
+    circuit_breaker: CircuitBreakerMiddleware | None = None,
+    fallback: FallbackMiddleware | None = None,
     extensions: Sequence[Layer] = (),
 ) -> list[Layer]:
     """The layers of one provider, outermost first; those that are None are left out."""
@@ -41,6 +45,11 @@ def default_stack(
     # Calls, not attempts; below the record, so that a record is written even if counting should fail.
     if metrics is not None:
         stack.append(Layer("metrics.calls", metrics.calls))
+
+    # Above admission, because each target has a queue, limits and retries of its own; below what counts calls, because
+    # it is one call wherever it is answered. What stands below is built once for each provider.
+    if fallback is not None:
+        stack.append(Layer("fallback", fallback))
 
     # Admission comes before repetition: a call queues once, keeps its ticket, and every attempt renews its permit
     # here. Nothing above holds a key or a client while the call waits.
@@ -57,8 +66,12 @@ def default_stack(
     if logging is not None:
         stack.append(Layer("logging.attempts", logging.attempts))
 
-    # Innermost, so that its times are the provider's alone, without what other layers do.
+    # As far in as it can be, so that its times are the provider's alone, without what other layers do.
     if metrics is not None:
         stack.append(Layer("metrics.attempts", metrics.attempts))
+
+    # Innermost, below every layer that could fail an attempt for reasons of its own: it sees what the server did.
+    if circuit_breaker is not None:
+        stack.append(Layer("circuit_breaker", circuit_breaker))
 
     return stack
