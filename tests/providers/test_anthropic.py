@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from llm.core.content import Opaque, Thinking
+from llm.core.content import Opaque, Thinking, ToolCall
 from llm.core.exceptions import (
     LLMContentFilteredError,
     LLMException,
@@ -12,7 +12,17 @@ from llm.core.exceptions import (
     LLMQuotaExhaustedError,
     LLMStreamInterruptedError,
 )
-from llm.core.types import LimitState, Message, MessageRole, ObservedLimits, Options, Request, StopReason, StreamChunk
+from llm.core.types import (
+    LimitState,
+    Message,
+    MessageRole,
+    ObservedLimits,
+    Options,
+    Request,
+    StopReason,
+    StreamChunk,
+    ToolCallDelta,
+)
 from llm.providers.anthropic import ERROR_BY_CODE, ERROR_BY_OPENING, STATUS_BY_TYPE, STOP_REASON, AnthropicProvider
 from llm.utils.http_errors import error_for_status
 from tests.providers.corpus import settings
@@ -343,3 +353,65 @@ def test_a_block_whose_unread_part_is_no_text_is_told_as_unreadable(anthropic: A
     with pytest.raises(LLMProtocolError) as caught:
         anthropic.decode(ASKED, 200, {}, body)
     assert caught.value.body == body
+
+
+def arguments(piece: str) -> dict[str, object]:
+    delta = {"type": "input_json_delta", "partial_json": piece}
+    return {"type": "content_block_delta", "index": 0, "delta": delta}
+
+
+STOP_BLOCK: dict[str, object] = {"type": "content_block_stop", "index": 0}
+
+
+def test_calls_are_streamed_in_pieces_that_name_their_place_and_handed_out_whole(anthropic: AnthropicProvider) -> None:
+    chunks = anthropic.stream_decoder(ASKED).feed(
+        events(
+            start(type="tool_use", id="a", name="f", input={}),
+            arguments('{"x":'),
+            arguments("1}"),
+            STOP_BLOCK,
+            start(type="tool_use", id="b", name="g", input={"y": 2}),
+            STOP_BLOCK,
+            start(type="tool_use"),
+            arguments("{}"),
+            STOP_BLOCK,
+        )
+    )
+    assert chunks == [
+        StreamChunk(tool_call=ToolCallDelta(0, "a", "f")),
+        StreamChunk(tool_call=ToolCallDelta(0, arguments='{"x":')),
+        StreamChunk(tool_call=ToolCallDelta(0, arguments="1}")),
+        StreamChunk(part=ToolCall("a", "f", '{"x":1}')),
+        StreamChunk(tool_call=ToolCallDelta(1, "b", "g")),
+        # Some servers send all of it at the beginning.
+        StreamChunk(part=ToolCall("b", "g", '{"y":2}')),
+        StreamChunk(tool_call=ToolCallDelta(2)),
+        StreamChunk(tool_call=ToolCallDelta(2, arguments="{}")),
+        StreamChunk(part=ToolCall("", "", "{}")),
+    ]
+
+
+def test_a_call_without_words_is_a_call_all_the_same(anthropic: AnthropicProvider) -> None:
+    body = (
+        b'{"type":"message","content":[{"type":"tool_use"},{"type":"tool_use","input":null}],"stop_reason":"tool_use"}'
+    )
+    assert anthropic.decode(ASKED, 200, {}, body).tool_calls == (ToolCall("", "", "{}"),) * 2
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        start(type="tool_use", id="a", name="f", input={}),
+        start(type="thinking", thinking="hm"),
+        start(type="text", text="So"),
+    ],
+)
+def test_a_stream_that_ends_after_its_first_piece_has_begun(
+    anthropic: AnthropicProvider, event: dict[str, object]
+) -> None:
+    """What has been handed out cannot be taken back, so a call whose stream breaks off then is not repeated."""
+    decoder = anthropic.stream_decoder(ASKED)
+    assert decoder.feed(events(event)) != []
+    decoder.end()
+    assert isinstance(decoder.error, LLMStreamInterruptedError)
+    assert not decoder.error.retryable

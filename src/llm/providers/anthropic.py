@@ -629,7 +629,7 @@ class AnthropicStream(EventStream):
             return
         self._block = opened = _Open(start)
         if block.type == "tool_use":
-            if block.name == self._format:
+            if self._format is not None and block.name == self._format:
                 opened.is_format = True
                 return
             opened.call, self._calls = self._calls, self._calls + 1
@@ -705,7 +705,9 @@ def _parts(blocks: Sequence[_Block], body: bytes) -> tuple[Part, ...]:
             found.append(Thinking(block.thinking or "", bytes(raw), DIALECT))
         elif kind == "tool_use":
             arguments = bytes(block.input).decode()
-            found.append(ToolCall(block.id or "", block.name or "", arguments if arguments != "null" else "{}"))
+            found.append(
+                ToolCall(block.id or "", block.name or "", arguments if arguments not in ("", "null") else "{}")
+            )
         else:
             found.append(Opaque(kind, bytes(raw), DIALECT))
     return tuple(found)
