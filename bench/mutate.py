@@ -1,6 +1,6 @@
 """Mutation testing: would the tests notice if a line meant something else?
 
-    .venv/bin/python bench/mutate.py                all four modules, some twenty minutes
+    .venv/bin/python bench/mutate.py                all four modules, an hour and a half on two cores
     .venv/bin/python bench/mutate.py sse retry      two of them
 
 A mutant is the module with one small change, and it is killed when the module's own tests fail, raise or hang. Nothing
