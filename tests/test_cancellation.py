@@ -307,7 +307,12 @@ async def real(simulator: Simulator, **provider: Any) -> AsyncIterator[Run]:
                 **provider,
             }
         },
-        "middleware": {"retry": {"base_delay": 0.005, "max_delay": 0.01}, "rate_limiter": {"slow_start": False}},
+        "middleware": {
+            "retry": {"base_delay": 0.005, "max_delay": 0.01},
+            "rate_limiter": {"slow_start": False},
+            # Most answers are failures: with a breaker there would soon be nothing under way that could be ended.
+            "circuit_breaker": {"enabled": False},
+        },
     }
     tasks, before = other_tasks(), await sockets()
     async with await asyncio.to_thread(LLMManager.from_config, config, environ={}, transport=transport) as manager:
