@@ -119,7 +119,9 @@ async def test_the_status_shows_everything_and_no_secret_and_is_json() -> None:
     assert secret(2) not in text
     assert PROMPT not in text
     assert set(status) == {"closed", "default_provider", "providers", "limits", "metrics", "events", "faults"}
-    assert set(status["providers"]["vendor"]) == {*("clients", "keys", "circuit", "queued", "connections", "layers")}
+    assert set(status["providers"]["vendor"]) == {
+        *("clients", "keys", "circuit", "queued", "retries", "connections", "layers")
+    }
     assert status["providers"]["vendor"]["keys"][0]["state"] == "parked"
     assert status["metrics"]["requests"]["successful"] == 1
     assert repr(r.manager) == "<LLMManager: vendor, closed>"

@@ -26,6 +26,7 @@ from llm.middleware.base import Call, Handler, Reply, compose
 from llm.middleware.retry import RetryMiddleware
 from llm.testing.clock import FakeClock
 from llm.utils.backoff import RetryPolicy
+from llm.utils.retry_budget import RetryBudget, RetryBudgetPolicy
 
 from .fakes import SPAN, Bench, Task, answer, ask, limited, outcome
 
@@ -53,11 +54,12 @@ class Stack(Bench):
         script: Iterable[Callable[[], BaseException] | None] = (),
         policy: RetryPolicy = POLICY,
         jitter: float = 1.0,
+        budget: RetryBudget | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*keys, **options)
         self.script: Iterator[Callable[[], BaseException] | None] = iter(script)
-        self.retry = RetryMiddleware(policy, clock=self.clock, random=lambda: jitter, events=self.events)
+        self.retry = RetryMiddleware(policy, clock=self.clock, random=lambda: jitter, events=self.events, budget=budget)
         self.handler: Handler = compose([self.limiter, self.retry], self.vendor)
 
     async def vendor(self, call: Call) -> Reply:
@@ -494,3 +496,63 @@ async def test_a_call_cancelled_while_it_sleeps_leaves_its_prompt_to_nobody() ->
         assert watch() is None
     finally:
         gc.enable()
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+def saved(retries: float, *, share: float = 0.0) -> RetryBudget:
+    """A budget of so many retries, to which each call adds its *share* and time nothing."""
+    return RetryBudget(RetryBudgetPolicy(share=share, per_second=0.0, most=retries))
+
+
+async def failing(bench: Stack) -> LLMException:
+    try:
+        await bench.handler(ask())
+    except LLMException as error:
+        return error
+    raise AssertionError("it was answered")
+
+
+async def test_without_a_retry_left_the_first_failure_is_the_calls() -> None:
+    bench = Stack(limited(1), script=[overloaded] * 9, jitter=0.0, budget=saved(3.0))
+    for _ in range(3):
+        assert isinstance(await failing(bench), LLMOverloadedError)
+    assert len(bench.sent) == 3 + 2 + 1, "two retries, one, none"
+    assert bench.retry.statistics() == {"budget": 0.0, "denied": 2}
+
+
+async def test_each_call_earns_a_share_of_a_retry_answered_or_not() -> None:
+    budget = saved(1.0, share=0.5)
+    bench = Stack(limited(1), script=[overloaded, None, None, None, overloaded, None], jitter=0.0, budget=budget)
+    for _ in range(4):
+        await bench.handler(ask())
+    assert len(bench.sent) == 6
+    assert budget.denied == 0
+
+
+async def test_a_refusal_for_want_of_capacity_costs_a_tenth_of_a_failure() -> None:
+    bench = Stack(limited(1), limited(2), limited(3), script=[too_many, too_many, None], budget=saved(1.0))
+    await bench.handler(ask())
+    statistics = bench.retry.statistics()
+    assert statistics is not None
+    assert statistics["budget"] == pytest.approx(0.8)
+
+
+async def test_a_dead_key_costs_nothing_of_it() -> None:
+    bench = Stack(limited(1), limited(2), script=[revoked, None], budget=saved(0.0))
+    await bench.handler(ask())
+    assert len(bench.sent) == 2
+
+
+async def test_without_a_budget_there_is_nothing_to_tell() -> None:
+    assert Stack(limited(1)).retry.statistics() is None
+
+
+async def test_repetitions_count_on_from_those_of_another_target() -> None:
+    bench = Stack(limited(1), script=[overloaded] * 9, jitter=0.0)
+    call = ask()
+    call.retries = 1
+    with pytest.raises(LLMOverloadedError):
+        await bench.handler(call)
+    assert (len(bench.sent), call.retries) == (2, 2)

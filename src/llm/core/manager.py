@@ -76,6 +76,7 @@ class _Line(NamedTuple):
     transport: Transport
     pool: ProviderPool
     limiter: RateLimitMiddleware
+    retry: RetryMiddleware | None
     layers: tuple[Layer, ...]
     prober: Prober
     endpoint: Endpoint
@@ -414,7 +415,7 @@ class LLMManager:
             estimate=limiter.estimate,
             inquiry=inquiry,
         )
-        return _Line(provider, transport, pool, limiter, tuple(layers), prober, endpoint, inquiry, pipeline)
+        return _Line(provider, transport, pool, limiter, retry, tuple(layers), prober, endpoint, inquiry, pipeline)
 
     def _extensions(self, provider: str, objects: Mapping[str, Middleware]) -> list[Layer]:
         """The registered layers: those of the configuration in its order, then objects it does not mention."""
@@ -454,6 +455,7 @@ class LLMManager:
             told = line.provider.limits(key.headers) if key.headers is not None else None
             shown["vendor_limits"] = msgspec.to_builtins(told)
         status["queued"] = line.limiter.waiting
+        status["retries"] = line.retry.statistics() if line.retry is not None else None
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
         return status

@@ -90,10 +90,10 @@ class RetryMiddleware:
         throttled = isinstance(error, LLMRateLimitError)
         return self._budget is None or self._budget.withdraw(self._clock.now(), throttled=throttled)
 
-    def statistics(self) -> dict[str, float]:
-        """What is left of the budget, and how many retries were not made for want of it."""
+    def statistics(self) -> dict[str, float] | None:
+        """What is left of the budget, and how many retries were not made for want of it; None without one."""
         budget = self._budget
-        return {"budget": budget.balance, "denied": budget.denied} if budget is not None else {}
+        return {"budget": budget.balance, "denied": budget.denied} if budget is not None else None
 
     def _report(self, call: Call, error: LLMException, attempt: int, delay: float | None) -> None:
         if AttemptFailed in self._events.wanted:
