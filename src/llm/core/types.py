@@ -225,6 +225,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     """Over those of the call, by the names of :class:`CallOptions`."""
 
+    def __repr__(self) -> str:
+        # As in Options: a gateway's token is a header like any other.
+        shown = {**self.options, **({"extra_headers": "***"} if "extra_headers" in self.options else {})}
+        return f"Target(provider={self.provider!r}, model={self.model!r}, options={shown!r})"
+
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What one call asks of the model beyond its messages. None means: not said, the vendor's default."""
