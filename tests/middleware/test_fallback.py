@@ -22,7 +22,9 @@ from llm.core.exceptions import (
     LLMQuotaExhaustedError,
     LLMStreamInterruptedError,
 )
-from llm.core.types import Message, MessageRole, Target
+from llm.core.types import Message, MessageRole, Options, Target
+from llm.middleware.base import Call, Handler, Middleware, Reply
+from llm.middleware.stack import Layer
 from llm.transports.base import HTTPRequest
 from tests.core.rig import END, PROMPT, Rig, answer, configuration, delta, failure, rig, stream
 
@@ -201,6 +203,34 @@ async def test_pictures_go_to_the_target_that_is_next_as_they_are() -> None:
     async with rig(vendors, config=three()) as r:
         await r.client.complete([Message(MessageRole.USER, (picture,))])
     assert vendors.bodies[0]["messages"] == vendors.bodies[1]["messages"]
+
+
+async def test_two_providers_that_fall_back_to_each_other_are_asked_once_each_also_when_layers_are_wrapped() -> None:
+    config = three()
+    config["fallbacks"]["back"] = [{"provider": "vendor", "model": "m"}]
+    config["providers"]["second"]["fallback"] = "back"
+    vendors = Vendors(vendor=failure(402), second=failure(402), third=failure(402))
+
+    def wrapped(layers: list[Layer]) -> list[Layer]:
+        return [Layer(layer.name, _through(layer.middleware)) for layer in layers]
+
+    async with rig(vendors, config=config, arrange=wrapped) as r:
+        with pytest.raises(LLMQuotaExhaustedError):
+            await r.client.complete(PROMPT)
+    assert vendors.asked == ["vendor", "second", "third"]
+
+
+def _through(layer: Middleware) -> Middleware:
+    async def through(call: Call, handler: Handler, /) -> Reply:
+        return await layer(call, handler)
+
+    return through
+
+
+def test_a_target_does_not_show_a_gateways_token() -> None:
+    target = Target("second", None, {"extra_headers": {"x-token": "t0ken"}, "max_tokens": 7})
+    assert "t0ken" not in repr(target) + repr(Options(fallback=(target,)))
+    assert "max_tokens" in repr(target)
 
 
 # -- by call ---------------------------------------------------------------------------------------------------------

@@ -398,7 +398,8 @@ class LLMManager:
             credentials=_credentials(settings),
         )
         inquiry = Inquiry(settings.name, provider, transport, pool, clock=clock, secrets=_credentials(settings))
-        place = next((at for at, layer in enumerate(layers, 1) if layer.middleware is fallback), 0)
+        # By its name: whoever arranges the layers may have wrapped it.
+        place = next((at for at, layer in enumerate(layers, 1) if layer.name == "fallback"), 0)
         below = compose([layer.middleware for layer in layers[place:]], endpoint)
         aliases = settings.model_aliases
         self._targets[settings.name] = Line(
