@@ -2,8 +2,9 @@
 
 What is used of aiohttp without being documented: of the connector ``connect``, ``_create_connection``,
 ``_release_acquired``, ``_acquired`` and ``_factory``; of ``ResponseHandler`` ``set_exception``, ``should_close``,
-``writing_paused`` and ``_payload``; in response.py ``_buffer`` and ``_read_nowait`` of ``StreamReader``; in http.py
-``_retry_connection`` of the session. tests/transports fails when one of them changes.
+``writing_paused``, ``_payload``, ``_reading_paused`` and ``_buffer_paused``; in response.py ``_buffer`` and
+``_read_nowait`` of ``StreamReader``; in http.py ``_retry_connection`` of the session.
+tests/transports fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from ..utils.alarms import Alarm, Alarms, Limit
 from .base import Exchange
-from .request import TRIP, Trip
+from .request import TRIP, Request, Trip
 
 if TYPE_CHECKING:
     import ssl
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from aiohttp.client_reqrep import ClientRequest
     from aiohttp.connector import Connection
     from aiohttp.tracing import Trace
+    from yarl import URL
 
 _KEEP_ALIVE = tuple(
     (socket.IPPROTO_TCP, getattr(socket, name), seconds)
@@ -72,6 +74,11 @@ class Protocol(ResponseHandler):
             exchange.started = True
             self.awaiting = None
         super().data_received(data)
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        # Asked after every piece that was read; unless something was paused, there is nothing left to parse.
+        if self._reading_paused or self._buffer_paused:
+            super().resume_reading(resume_parser)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -132,6 +139,8 @@ class Connector(aiohttp.TCPConnector):
         self._factory = partial(Protocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
         self._connect = connect
         self.first_byte = first_byte
+        self.models: dict[tuple[str, URL], Request] = {}
+        """By method and URL, requests of which those that follow are copied."""
         self.protocols: set[Protocol] = set()
         """The open connections that have been handed out at least once."""
         self.opened = 0

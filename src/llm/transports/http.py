@@ -107,7 +107,7 @@ class HTTPTransport:
                     generation.connector,
                     request.method,
                     route.url,
-                    {**_HEADERS, **request.headers},
+                    request.headers,
                     Body(request.body, trip),
                 )
             else:
