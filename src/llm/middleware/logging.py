@@ -286,8 +286,7 @@ class LoggingMiddleware:
             self._models[here] = made.__dict__.copy()
             return made
         record = logging.LogRecord.__new__(logging.LogRecord)
-        fields = record.__dict__
-        fields.update(model)
+        record.__dict__ = fields = model.copy()
         created = self._clock.wall()
         fields["msg"], fields["args"], fields["created"] = message, args, created
         fields["msecs"] = float(int(created % 1.0 * 1000.0))

@@ -1,8 +1,8 @@
 """One request under way in aiohttp: what its sender, its body and its connection know of each other, and its short way.
 
 What is used of aiohttp without being documented: ``Payload.write_with_length``; and, in the versions that it was tried
-with, what :class:`Request` and :func:`fetch` do in place of ``ClientRequest.send`` and of the session. tests/transports
-fails when one of them changes.
+with, ``_serialize_headers`` and what :class:`Request` and :func:`fetch` do in place of ``ClientRequest`` and of the
+session. tests/transports fails when one of them changes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+from aiohttp import http_writer
 from aiohttp.client_reqrep import ClientRequest, ClientResponse
 from aiohttp.hdrs import CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING
 from aiohttp.http_writer import StreamWriter
@@ -88,7 +89,7 @@ class Body(Payload):
         self._size = len(value)
         self.is_small = len(value) <= _SMALL
         """Whether it can be written without waiting."""
-        self._trip = trip
+        self.trip = trip
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return str(self._value, encoding, errors)
@@ -103,8 +104,18 @@ class Body(Payload):
         else:
             for start in range(0, len(value), _SLICE):
                 await writer.write(value[start : start + _SLICE])
-            self._trip.wait_anew()
-        self._trip.handed_over()
+            self.trip.wait_anew()
+        self.trip.handed_over()
+
+
+class _Written(StreamWriter):
+    """The writer of a request that was written at once: responses ask it only how much."""
+
+    def __init__(self) -> None:
+        pass
+
+
+_WRITTEN = _Written()
 
 
 class Request(ClientRequest):
@@ -143,11 +154,13 @@ class Request(ClientRequest):
             or conn._connector.force_close
         ):
             return await super().send(conn)
-        writer = StreamWriter(protocol, self.loop)
-        await writer.write_headers(f"{self.method} {self.url.raw_path_qs} HTTP/1.1", self.headers)
-        # What is small is not waited for.
-        await body.write(writer)
-        await writer.write_eof()
+        transport = protocol.transport
+        if transport is None or transport.is_closing():
+            raise aiohttp.ClientConnectionResetError("the connection was closed before the request was written")
+        transport.write(
+            http_writer._serialize_headers(f"{self.method} {self.url.raw_path_qs} HTTP/1.1", self.headers) + body._value
+        )
+        body.trip.handed_over()
         protocol.start_timeout()
         self.response = self.response_class(
             self.method,
@@ -159,7 +172,7 @@ class Request(ClientRequest):
             traces=self._traces,
             loop=self.loop,
             session=self._session,
-            stream_writer=writer,
+            stream_writer=_WRITTEN,
         )
         return self.response
 
