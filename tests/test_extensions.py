@@ -47,10 +47,11 @@ class ParrotStream:
         self.error: LLMException | None = None
         self.usage: Usage | None = None
         self.stop_reason: StopReason | None = None
-        self.done, self.id, self.model, self._rest = False, "", model, b""
+        self.done, self.id, self.model, self.events, self._rest = False, "", model, 0, b""
 
     def feed(self, data: bytes) -> list[StreamChunk]:
         *lines, self._rest = (self._rest + data).split(b"\n")
+        self.events += len(lines)
         self.done = b"." in lines
         self.usage = Usage(1, len(lines))
         self.stop_reason = StopReason.STOP if self.done else None
@@ -93,6 +94,9 @@ class ParrotProvider:
 
     def replacement(self, model: str) -> str | None:
         return None
+
+    def goes_on(self, model: str) -> bool:
+        return False
 
     def group(self, model: str) -> str:
         return model

@@ -397,7 +397,8 @@ def test_the_documented_file_holds_every_key_and_its_settings_can_be_switched_on
     assert anthropic.counting == CountingSettings()
     tables = (
         *(config.LIMITS, config.POOL, config.TIMEOUTS, config.RETRY, config.RATE_LIMITER, config.LOGGING),
-        *(config.COUNTING, config.WEIGHTS, config.CIRCUIT_BREAKER, config.FALLBACK, config.TARGET),
+        *(config.COUNTING, config.WEIGHTS, config.CIRCUIT_BREAKER, config.FALLBACK, config.TARGET, config.RESUME),
+        config.HEDGE,
     )
     assert anthropic.fallback == "others"
     assert settings.fallbacks == {"others": (Target("gateway", "llama-4", {"max_tokens": 1000}),)}

@@ -16,7 +16,7 @@ from tests.core.rig import END, PROMPT, answer, configuration, delta, failure, r
 
 PER_CALL = ["logging.calls", "metrics.calls"]
 PER_ATTEMPT = ["logging.attempts", "metrics.attempts", "circuit_breaker"]
-DEFAULT = [*PER_CALL, "fallback", "rate_limiter", "retry", *PER_ATTEMPT]
+DEFAULT = [*PER_CALL, "resume", "fallback", "rate_limiter", "retry", *PER_ATTEMPT]
 
 
 class Journal:
@@ -95,7 +95,11 @@ async def test_what_stands_below_retry_sees_each_attempt_and_what_stands_above_s
         await r.client.complete(PROMPT)
     down = [line for line in journal.lines if line.startswith(("→", "provider"))]
     attempt = [f"→ {name}" for name in PER_ATTEMPT] + ["provider"]
-    assert down == [*(f"→ {name}" for name in [*PER_CALL, "fallback", "rate_limiter", "retry"]), *attempt, *attempt]
+    assert down == [
+        *(f"→ {name}" for name in [*PER_CALL, "resume", "fallback", "rate_limiter", "retry"]),
+        *attempt,
+        *attempt,
+    ]
     assert [line for line in journal.lines if line.startswith("×")] == [
         "× circuit_breaker LLMOverloadedError",
         "× metrics.attempts LLMOverloadedError",
@@ -109,7 +113,7 @@ async def test_extensions_stand_between_retry_and_the_attempts_records_with_the_
     async with rig([failure(500), answer()], config=config, middleware={"own": Adds(seen)}) as r:
         await r.client.complete(PROMPT)
         layers = r.manager.get_status()["providers"]["vendor"]["layers"]
-    assert layers == [*PER_CALL, "fallback", "rate_limiter", "retry", "own", *PER_ATTEMPT]
+    assert layers == [*PER_CALL, "resume", "fallback", "rate_limiter", "retry", "own", *PER_ATTEMPT]
     assert seen == ["own vendor/1 a", "own vendor/2 b"]
 
 
@@ -171,7 +175,7 @@ async def test_everything_off_still_answers() -> None:
     config = configuration(middleware={name: {"enabled": False} for name in names})
     async with rig([answer()], config=config) as r:
         assert await r.client.chat(PROMPT) == "hello"
-        assert r.manager.get_status()["providers"]["vendor"]["layers"] == ["rate_limiter"]
+        assert r.manager.get_status()["providers"]["vendor"]["layers"] == ["resume", "rate_limiter"]
 
 
 async def test_an_extension_is_switched_off_by_its_name_though_it_is_given_as_an_object() -> None:
@@ -212,7 +216,8 @@ async def test_a_layer_can_be_taken_out_replaced_and_put_anywhere() -> None:
             await r.client.complete(PROMPT)
         layers = r.manager.get_status()["providers"]["vendor"]["layers"]
     assert layers == [
-        *("outermost", "metrics.calls", "fallback", "rate_limiter", "retry", "metrics.attempts", "circuit_breaker")
+        *("outermost", "metrics.calls", "resume", "fallback", "rate_limiter", "retry", "metrics.attempts"),
+        "circuit_breaker",
     ]
     assert seen == ["outermost", "instead of retry vendor/1 m"]
 

@@ -13,7 +13,7 @@ from .content import Document, Image, Opaque, Refusal, Text, Thinking, ToolCall,
 from .exceptions import LLMInvalidRequestError
 from .toolmaking import tool_of
 from .tools import Tool
-from .types import CallOptions, Message, MessageRole, Options, Priority
+from .types import CallOptions, Message, MessageRole, Options, Priority, Request
 
 NO_OPTIONS: Final = Options()
 OPTION_NAMES: Final = Options.__struct_fields__
@@ -161,6 +161,15 @@ def read_options(defaults: CallOptions, options: CallOptions) -> Options:
             f"reasoning: expected a word or a positive number of tokens, got {result.reasoning}"
         )
     return result
+
+
+def with_options(request: Request, options: Mapping[str, Any]) -> Request:
+    """*request* with *options* in place of its own, as of a target in a chain."""
+    if not options:
+        return request
+    given = read_options({}, cast(CallOptions, options))
+    changed = {name: getattr(given, name) for name in options}
+    return msgspec.structs.replace(request, options=msgspec.structs.replace(request.options, **changed))
 
 
 def read_tools(tools: Any) -> tuple[Tool, ...] | None:

@@ -24,6 +24,7 @@ from .settings import (
     CircuitBreakerSettings,
     CountingSettings,
     FallbackSettings,
+    HedgeSettings,
     KeySettings,
     LimitSettings,
     LLMSettings,
@@ -34,6 +35,7 @@ from .settings import (
     PoolSettings,
     ProviderSettings,
     RateLimiterSettings,
+    ResumeSettings,
     RetrySettings,
     Secret,
     TimeoutSettings,
@@ -43,7 +45,7 @@ from .settings import (
 from .types import CallOptions, Target
 
 DIALECTS = ("anthropic", "openai", "openai_responses")
-MIDDLEWARE = ("rate_limiter", "retry", "circuit_breaker", "fallback", "logging", "metrics")
+MIDDLEWARE = ("rate_limiter", "retry", "circuit_breaker", "fallback", "resume", "hedge", "logging", "metrics")
 STORES = ("memory",)
 
 _LARGEST_FILE = 256 * 1024
@@ -83,8 +85,10 @@ POOL: Table = {
 TIMEOUTS: Table = {
     "connect": readers.nullable(readers.seconds),
     "first_byte": readers.nullable(readers.seconds),
+    "first_token": readers.nullable(readers.seconds),
     "idle": readers.nullable(readers.seconds),
     "attempt": readers.nullable(readers.seconds),
+    "min_tokens_per_second": readers.nullable(readers.amount),
 }
 WEIGHTS: Table = {"high": readers.weight, "normal": readers.weight, "low": readers.weight}
 RATE_LIMITER: Table = {
@@ -116,6 +120,8 @@ CIRCUIT_BREAKER: Table = {
     "ramp_seconds": readers.seconds_or_zero,
 }
 FALLBACK = ("enabled", "moves_on")
+RESUME: Table = {"on_interrupt": readers.one_of("word", ("raise", "restart", "continue"))}
+HEDGE: Table = {"enabled": readers.flag, "after": readers.p95_or_seconds, "max_share": readers.share}
 TARGET = ("provider", "model", "options")
 LOGGING: Table = {"enabled": readers.flag, "content": readers.flag}
 METRICS: Table = {"enabled": readers.flag}
@@ -495,6 +501,8 @@ def _middleware(node: Node | None, known: Collection[str]) -> MiddlewareSettings
         retry=retry,
         circuit_breaker=breaker,
         fallback=_fallback(fields.get("fallback")),
+        resume=_section(fields.get("resume"), ResumeSettings, RESUME),
+        hedge=_section(fields.get("hedge"), HedgeSettings, HEDGE),
         logging=_section(fields.get("logging"), LoggingSettings, LOGGING),
         metrics=_section(fields.get("metrics"), MetricsSettings, METRICS),
         extensions=extensions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -22,12 +23,14 @@ from .exceptions import (
     LLMConnectionError,
     LLMDeadlineExceededError,
     LLMException,
+    LLMInvalidRequestError,
     LLMProtocolError,
     LLMStreamInterruptedError,
     LLMTimeoutError,
     Scope,
 )
 from .pool import Key, ProviderPool
+from .settings import TimeoutSettings
 from .stream import ResponseStream
 from .types import LLMResponse, Request, Settlement
 
@@ -69,7 +72,7 @@ class Prober:
 class Endpoint:
     """Sends one attempt with the key that was admitted, and decodes the answer.
 
-    *attempt_timeout* (seconds) bounds the attempt; of a stream, the time until its first content. *credentials* are
+    Of *timeouts* those of an attempt and of a stream are kept here, the others by the transport. *credentials* are
     secrets beside the key, which no error may repeat.
     """
 
@@ -81,7 +84,7 @@ class Endpoint:
         *,
         clock: Clock,
         events: Events,
-        attempt_timeout: float | None,
+        timeouts: TimeoutSettings,
         credentials: Sequence[str] = (),
     ) -> None:
         self._provider = provider
@@ -89,7 +92,11 @@ class Endpoint:
         self._pool = pool
         self._clock = clock
         self._events = events
-        self._alarms = Alarms(attempt_timeout, clock) if attempt_timeout is not None else None
+        self._timeouts = timeouts
+        self._alarms = Alarms(timeouts.attempt, clock) if timeouts.attempt is not None else None
+        self._first_token = self._alarms
+        if timeouts.first_token is not None and (timeouts.attempt is None or timeouts.first_token < timeouts.attempt):
+            self._first_token = Alarms(timeouts.first_token, clock)
         self._credentials = credentials
         self._warned: set[tuple[str, str]] = set()
         self._streams: set[ResponseStream] = set()
@@ -117,8 +124,10 @@ class Endpoint:
         started = self._clock.now()
         deadline = late = None
         try:
+            if call.continues and not self._provider.goes_on(request.model):
+                raise LLMInvalidRequestError(f"{request.model} does not go on with an answer that broke off")
             encoded = self._provider.encode(request, key.secret())
-            with Limit(self._alarms) as limit:
+            with Limit(self._first_token if request.stream else self._alarms) as limit:
                 if call.deadline is not None:
                     deadline = self._clock.call_at(call.deadline, limit.expire)
                 response = await self._transport.send(encoded.request, exchange)
@@ -146,6 +155,10 @@ class Endpoint:
         except LLMException as error:
             await self._failed(call, key, request.model, started, exchange, error)
             raise
+        except asyncio.CancelledError as gone:
+            # The leg that lost, or a call that was given up: the vendor may have had it all the same.
+            self._note(call, key, request.model, started, exchange, gone)
+            raise
         finally:
             if deadline is not None:
                 deadline.cancel()
@@ -162,8 +175,10 @@ class Endpoint:
         """The error for an attempt whose time was up, or its call's."""
         if call.deadline is not None and self._clock.now() >= call.deadline - TIMER_ERROR:
             return LLMDeadlineExceededError("the call's deadline passed while it was being answered")
-        seconds = self._alarms.seconds if self._alarms is not None else 0.0
-        return LLMTimeoutError(f"no answer within the attempt timeout of {seconds:g} s", phase="attempt")
+        if call.request.stream and self._first_token is not self._alarms:
+            seconds = self._timeouts.first_token
+            return LLMTimeoutError(f"no content within the first-token timeout of {seconds:g} s", phase="first_token")
+        return LLMTimeoutError(f"no answer within the attempt timeout of {self._timeouts.attempt:g} s", phase="attempt")
 
     async def _failed(
         self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException
@@ -200,8 +215,9 @@ class Endpoint:
         self._closed = True
         for stream in tuple(self._streams):
             stream.abort(_closed())
-        if self._alarms is not None:
-            self._alarms.close()
+        for alarms in (self._alarms, self._first_token):
+            if alarms is not None:
+                alarms.close()
 
     @property
     def streaming(self) -> bool:
@@ -211,8 +227,9 @@ class Endpoint:
     def start_afresh(self) -> None:
         """Forget the streams and timers of an event loop that is gone."""
         self._streams.clear()
-        if self._alarms is not None:
-            self._alarms.close()
+        for alarms in (self._alarms, self._first_token):
+            if alarms is not None:
+                alarms.close()
 
     async def _works(self, key: Key, call: Call) -> bool:
         """Whether a probe of *key* is accepted; if that cannot be known within the call's deadline, it is believed."""
@@ -280,6 +297,8 @@ class Endpoint:
             warnings=self._warn(request.model, dropped) if dropped else (),
             describe=partial(self._describe, call, key, request.model),
             report=self._events.fault,
+            idle=self._timeouts.idle,
+            min_rate=self._timeouts.min_tokens_per_second,
         )
         call.stream = stream
         await stream.start()
@@ -306,7 +325,7 @@ class Endpoint:
         redact(error, key.secret(), *self._credentials, *credentials(call.request.options.extra_headers))
 
     def _note(
-        self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: LLMException | None
+        self, call: Call, key: Key, model: str, started: float, exchange: Exchange, error: BaseException | None
     ) -> None:
         now = self._clock.now()
         record = AttemptRecord(
@@ -317,7 +336,7 @@ class Endpoint:
             waited=started - call.idle_since,
             duration=now - started,
             error=type(error).__name__ if error is not None else None,
-            status=error.status if error is not None else None,
+            status=error.status if isinstance(error, LLMException) else None,
             sent=exchange.connected,
         )
         call.attempts = (*call.attempts, record)

@@ -61,6 +61,24 @@ class FellBack(Event, frozen=True, kw_only=True, tag=True, gc=False):
     model: str | None
 
 
+class StreamResumed(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A stream broke off and is made whole: *how* is ``restart`` or ``continue``."""
+
+    call_id: str
+    how: str
+    error: str
+    """Class name of what it broke off with."""
+
+
+class CallHedged(Event, frozen=True, kw_only=True, tag=True, gc=False):
+    """A call's attempt takes long: a second one begins beside it, at *target*."""
+
+    call_id: str
+    after: float
+    """Seconds that the first has taken."""
+    target: str
+
+
 class CallFinished(Event, frozen=True, kw_only=True, tag=True, gc=False):
     """A call ended, well (*error* is None) or not."""
 

@@ -73,6 +73,18 @@ class TargetFailure(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     status: int | None = None
     retry_after: float | None = None
 
+    @classmethod
+    def of(cls, error: LLMException, provider: str, model: str | None) -> TargetFailure:
+        """What *error* says of the target that was asked."""
+        return cls(
+            provider=provider,
+            model=error.model or model,
+            error=type(error).__name__,
+            message=error.message,
+            status=error.status,
+            retry_after=error.retry_after,
+        )
+
 
 class LLMException(Exception):
     """Base of everything this package raises on purpose.
@@ -177,7 +189,8 @@ class LLMStreamInterruptedError(LLMConnectionError):
 
 
 class LLMTimeoutError(LLMException):
-    """Something took too long; *phase* says what: connect, first_byte, idle, attempt or server (408, 504)."""
+    """Something took too long; *phase* says what: connect, first_byte, first_token, idle, rate, attempt or server (408,
+    504)."""
 
     default_scope = Scope.PROVIDER
     default_retryable = True

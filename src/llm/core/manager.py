@@ -21,12 +21,14 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from ..middleware.base import Call, Context, Middleware, Reply, compose
+from ..middleware.base import Call, Context, Line, Middleware, Reply, compose
 from ..middleware.circuit_breaker import CircuitBreakerMiddleware
-from ..middleware.fallback import FallbackMiddleware, Line
+from ..middleware.fallback import FallbackMiddleware
+from ..middleware.hedge import HedgeMiddleware
 from ..middleware.logging import LoggingMiddleware
 from ..middleware.metrics import MetricsMiddleware
 from ..middleware.rate_limiter import RateLimitMiddleware
+from ..middleware.resume import ResumeMiddleware, once
 from ..middleware.retry import RetryMiddleware
 from ..middleware.stack import Layer, default_stack
 from ..providers.base import Provider
@@ -77,6 +79,7 @@ class _Line(NamedTuple):
     pool: ProviderPool
     limiter: RateLimitMiddleware
     retry: RetryMiddleware | None
+    hedge: HedgeMiddleware | None
     layers: tuple[Layer, ...]
     prober: Prober
     endpoint: Endpoint
@@ -377,13 +380,34 @@ class LLMManager:
             if chosen.fallback.enabled
             else None
         )
+        hedge = (
+            HedgeMiddleware(
+                pool,
+                after=chosen.hedge.after,
+                max_share=chosen.hedge.max_share,
+                chain=fallback.targets if fallback is not None else lambda _: (),
+                lines=self._targets,
+                clock=clock,
+                events=self.events,
+            )
+            if chosen.hedge.enabled
+            else None
+        )
+        resume = ResumeMiddleware(
+            chosen.resume.on_interrupt,
+            again=retry.again if retry is not None else once,
+            clock=self._backoff,
+            events=self.events,
+        )
         layers: Sequence[Layer] = default_stack(
             rate_limiter=limiter,
             retry=retry,
             logging=self._logging,
             metrics=self._metrics,
             circuit_breaker=CircuitBreakerMiddleware(pool, clock=clock) if chosen.circuit_breaker.enabled else None,
+            resume=resume,
             fallback=fallback,
+            hedge=hedge,
             extensions=self._extensions(settings.name, objects),
         )
         if arrange is not None:
@@ -394,7 +418,7 @@ class LLMManager:
             pool,
             clock=clock,
             events=self.events,
-            attempt_timeout=settings.timeouts.attempt,
+            timeouts=settings.timeouts,
             credentials=_credentials(settings),
         )
         inquiry = Inquiry(settings.name, provider, transport, pool, clock=clock, secrets=_credentials(settings))
@@ -416,7 +440,9 @@ class LLMManager:
             estimate=limiter.estimate,
             inquiry=inquiry,
         )
-        return _Line(provider, transport, pool, limiter, retry, tuple(layers), prober, endpoint, inquiry, pipeline)
+        return _Line(
+            provider, transport, pool, limiter, retry, hedge, tuple(layers), prober, endpoint, inquiry, pipeline
+        )
 
     def _extensions(self, provider: str, objects: Mapping[str, Middleware]) -> list[Layer]:
         """The registered layers: those of the configuration in its order, then objects it does not mention."""
@@ -457,6 +483,7 @@ class LLMManager:
             shown["vendor_limits"] = msgspec.to_builtins(told)
         status["queued"] = line.limiter.waiting
         status["retries"] = line.retry.statistics() if line.retry is not None else None
+        status["hedges"] = line.hedge.statistics() if line.hedge is not None else None
         status["connections"] = line.transport.statistics()
         status["layers"] = [layer.name for layer in line.layers]
         return status

@@ -114,6 +114,16 @@ def share(value: Any) -> float:
     return float(number)
 
 
+def p95_or_seconds(value: Any) -> str | float:
+    """The word ``p95``, or a time in seconds above zero."""
+    if value == "p95":
+        return "p95"
+    try:
+        return seconds(value)
+    except Wrong:
+        raise Wrong(f"expected `p95` or a number of seconds above zero, got {seen(value)}") from None
+
+
 def amount(value: Any) -> float:
     """A number that is not negative."""
     number = _number(value, "a number")

@@ -116,10 +116,14 @@ class TimeoutSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Name resolution, TCP and TLS."""
     first_byte: float | None = 120.0
     """From the request's end to the response's head."""
+    first_token: float | None = None
+    """Of a stream: from the attempt's start to its first content, where ``attempt`` allows more."""
     idle: float | None = 60.0
-    """Between two reads of a body, and between two events of a stream."""
+    """Between two reads of a body, and between two events of a stream, whatever bytes come without completing one."""
     attempt: float | None = 600.0
     """One attempt as a whole; of a stream: until its first content."""
+    min_tokens_per_second: float | None = None
+    """Of a stream, once its content comes: less than this over ten seconds of waiting for it is too slow."""
 
 
 class TransportSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,6 +272,20 @@ class FallbackSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Errors of the request itself after which the next target is asked all the same."""
 
 
+class ResumeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    on_interrupt: Literal["raise", "restart", "continue"] = "raise"
+    """What becomes of a stream that breaks off after content, unless the call says otherwise."""
+
+
+class HedgeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    enabled: bool = False
+    after: Literal["p95"] | float = "p95"
+    """Seconds an attempt may take to its first content before a second one begins beside it; ``p95`` is what nineteen
+    of twenty have taken lately."""
+    max_share: float = 0.05
+    """Of the calls, how many may be given a second attempt."""
+
+
 class LoggingSettings(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = True
     content: bool = False
@@ -285,6 +303,8 @@ class MiddlewareSettings(msgspec.Struct, frozen=True, kw_only=True):
     retry: RetrySettings = RetrySettings()
     circuit_breaker: CircuitBreakerSettings = CircuitBreakerSettings()
     fallback: FallbackSettings = FallbackSettings()
+    resume: ResumeSettings = ResumeSettings()
+    hedge: HedgeSettings = HedgeSettings()
     logging: LoggingSettings = LoggingSettings()
     metrics: MetricsSettings = MetricsSettings()
     extensions: dict[str, dict[str, Any]] = {}

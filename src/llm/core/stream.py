@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn, Protocol, Self
+from typing import Literal, NoReturn, Protocol, Self
 
 from ..utils.clock import Clock, TimerHandle
 from .content import Part, Text
@@ -26,6 +26,7 @@ from .exceptions import (
     LLMTimeoutError,
     TargetFailure,
 )
+from .patience import Patience
 from .types import (
     FaultReporter,
     LLMResponse,
@@ -54,11 +55,24 @@ class Decoder(Protocol):
     """The reader of the bytes; ``providers.base.StreamDecoder`` is one."""
 
     error: LLMException | None
-    done: bool
-    usage: Usage | None
-    stop_reason: StopReason | None
-    id: str
-    model: str
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def usage(self) -> Usage | None: ...
+
+    @property
+    def stop_reason(self) -> StopReason | None: ...
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def events(self) -> int: ...
 
     def feed(self, data: bytes) -> list[StreamChunk]: ...
 
@@ -81,6 +95,7 @@ class ResponseStream:
         "_decoder",
         "_describe",
         "_error",
+        "_patience",
         "_report",
         "_seen",
         "_settlement",
@@ -90,6 +105,7 @@ class ResponseStream:
         "provider",
         "ready",
         "request_id",
+        "resumed",
         "warnings",
     )
 
@@ -105,6 +121,8 @@ class ResponseStream:
         warnings: tuple[str, ...] = (),
         describe: Callable[[LLMException], object] | None = None,
         report: FaultReporter | None = None,
+        idle: float | None = None,
+        min_rate: float | None = None,
     ) -> None:
         self._body = body
         self._decoder = decoder
@@ -120,12 +138,19 @@ class ResponseStream:
         self._error: LLMException | None = None
         self._settlement: Settlement | None = None
         self._timer: TimerHandle | None = None
+        self._patience = (
+            Patience(clock, idle=idle, rate=min_rate, late=self._late)
+            if idle is not None or min_rate is not None
+            else None
+        )
         self.provider = provider
         self.key_id = key_id
         self.request_id = request_id
         self.warnings = warnings
         self.failures: tuple[TargetFailure, ...] = ()
         """The targets of a fallback chain that were asked before, or passed over, and why."""
+        self.resumed: Literal["restart", "continue"] | None = None
+        """How it was made whole after it had broken off."""
 
     def __repr__(self) -> str:
         state = "open" if self._settlement is None else "whole" if self._decoder.done else "ended early"
@@ -139,6 +164,10 @@ class ResponseStream:
     def usage(self) -> Usage | None:
         """What the vendor has told so far of the cost; final once the stream is whole."""
         return self._decoder.usage
+
+    @property
+    def id(self) -> str:
+        return self._decoder.id
 
     @property
     def model(self) -> str:
@@ -168,13 +197,18 @@ class ResponseStream:
     def settled(self) -> bool:
         return self._settlement is not None
 
+    @property
+    def whole(self) -> bool:
+        """Whether its terminal event has come, and all was well."""
+        return self._decoder.done and self._error is None
+
     def response(self) -> LLMResponse:
         """The whole answer, once the stream has ended well.
 
         Raises:
             LLMStreamInterruptedError: it has not.
         """
-        if not self._decoder.done or self._error is not None:
+        if not self.whole:
             raise LLMStreamInterruptedError("the stream has not been read to its end", partial=self.text)
         return LLMResponse(
             text=self.text,
@@ -190,6 +224,7 @@ class ResponseStream:
             request_id=self.request_id,
             warnings=self.warnings,
             failures=self.failures,
+            resumed=self.resumed,
         )
 
     def on_settled(self, callback: SettledCallback) -> None:
@@ -251,6 +286,9 @@ class ResponseStream:
 
     async def _read(self) -> None:
         """Take in what the next read brings: chunks, the end, or a failure."""
+        patience, decoder = self._patience, self._decoder
+        if patience is not None:
+            began, events = self._clock.now(), decoder.events
         try:
             data = await self._body.read_some()
         except LLMException as error:
@@ -264,7 +302,6 @@ class ResponseStream:
         if self._settlement is not None:
             # The deadline struck, or somebody closed the stream, while the bytes were on their way.
             return
-        decoder = self._decoder
         try:
             chunks = decoder.feed(data) if data else decoder.end()
         except BaseException:
@@ -282,6 +319,20 @@ class ResponseStream:
             self._fail(failure)
         elif decoder.done:
             self._settle(None)
+        elif patience is not None:
+            if decoder.events == events:
+                patience.nothing(began)
+            else:
+                patience.event()
+            if self._content:
+                patience.measure(began, self._count)
+
+    def _count(self) -> int:
+        return self.received
+
+    def _late(self, error: LLMTimeoutError) -> None:
+        if self._settlement is None:
+            self._fail(self._interrupted(error))
 
     def _interrupted(self, error: LLMException) -> LLMException:
         """What a lost connection means: before content the call may be repeated, after it the answer is cut."""
@@ -319,8 +370,11 @@ class ResponseStream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        # It knows the call, and the call knows this stream: together they would wait for the collector.
+        # They know this stream, and it knows them: together they would wait for the collector.
         self._describe = None
+        patience, self._patience = self._patience, None
+        if patience is not None:
+            patience.stop()
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             run_settled(callback, settlement, self._report)

@@ -269,6 +269,9 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     fallback: str | tuple[Target, ...] | None = None
     """Who is asked when the provider cannot answer: a chain's name in the configuration, or targets; ``()`` for nobody.
     None: as the configuration says."""
+    on_interrupt: Literal["raise", "restart", "continue"] | None = None
+    """What becomes of a stream that breaks off after content: an error; the whole answer once more, after a piece with
+    ``restart``; or, of text, its rest. None: as the configuration says."""
 
     def __repr__(self) -> str:
         unsaid = zip(self.__struct_fields__, self.__struct_defaults__, strict=True)
@@ -305,6 +308,7 @@ class CallOptions(TypedDict, total=False):
     tenant: str | None
     tag: str | None
     fallback: str | Sequence[Target] | None
+    on_interrupt: Literal["raise", "restart", "continue"] | None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -340,7 +344,9 @@ class LLMResponse(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     warnings: tuple[str, ...] = ()
     """What was asked and not sent because the model refuses it."""
     failures: tuple[TargetFailure, ...] = ()
-    """The targets of a fallback chain that were asked before, or passed over, and why."""
+    """The targets of a fallback chain that were asked before, or passed over, or whose stream broke off, and why."""
+    resumed: Literal["restart", "continue"] | None = None
+    """How a stream that broke off was made whole; None for one that came in one go. *usage* is of all its parts."""
     body: bytes = b""
     """The vendor's reply, byte for byte (of a stream: empty)."""
 
@@ -396,6 +402,8 @@ class StreamChunk(msgspec.Struct, frozen=True, gc=False):
     tool_call: ToolCallDelta | None = None
     part: Part | None = None
     """Something other than text is complete: a tool call, thinking with its signature, an unknown block."""
+    restart: bool = False
+    """The stream broke off and begins anew with the next piece (``on_interrupt="restart"``); forget the rest."""
 
     @property
     def has_content(self) -> bool:

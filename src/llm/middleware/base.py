@@ -23,6 +23,11 @@ class Admission(Protocol):
     model: str
 
     @property
+    def sent_at(self) -> float | None:
+        """The instant at which the attempt had a connection, None until then."""
+        ...
+
+    @property
     def wants_limits(self) -> bool:
         """Whether this attempt's headers are to be read and told to :meth:`observe`: that costs, so not all are."""
         ...
@@ -127,7 +132,10 @@ class Call:
     __slots__ = (
         "admission",
         "attempts",
+        "avoid",
+        "continues",
         "deadline",
+        "hedging",
         "id",
         "idle_since",
         "model",
@@ -170,6 +178,12 @@ class Call:
         """Its place in the queue, kept over all attempts."""
         self.queued = 0.0
         """Seconds spent waiting for permits."""
+        self.continues = False
+        """Whether its last message is the beginning of an answer that broke off."""
+        self.hedging = False
+        """Whether it is the second leg of a call: it goes at once or not at all, and is not repeated."""
+        self.avoid: KeyRef | None = None
+        """The key that its other leg has."""
 
     def __repr__(self) -> str:
         return f"<Call {self.id} {self.provider} {self.model or 'any model'}, {len(self.attempts)} attempts>"
@@ -179,6 +193,24 @@ class Call:
         self.close_stream()
         self.provider, self.model, self.request = provider, model, request
         self.admission = self.ticket = None
+
+    def fork(self) -> Call:
+        """A second leg: the same call with a permit, attempts and a stream of its own."""
+        other = Call(
+            self.id,
+            self.request,
+            provider=self.provider,
+            model=self.model,
+            started=self.started,
+            deadline=self.deadline,
+        )
+        other.hedging = True
+        return other
+
+    def adopt(self, other: Call) -> None:
+        """Go on as the leg *other*, whose attempts come after this one's."""
+        self.provider, self.model, self.request = other.provider, other.model, other.request
+        self.admission, self.stream, self.idle_since = other.admission, other.stream, other.idle_since
 
     def close_stream(self) -> None:
         """Close what the attempt had opened, if it had."""
@@ -198,6 +230,16 @@ class Context(NamedTuple):
 
 
 Handler: TypeAlias = Callable[[Call], Awaitable[Reply]]
+
+
+class Line(NamedTuple):
+    """The way to one provider, below the layers that see a call wherever it is answered."""
+
+    handler: Handler
+    model: Callable[[str | None], str | None]
+    """The model that a name stands for."""
+    objection: Callable[[Request, str | None], LLMException | None]
+    """Why the provider would not send a request, if it would not."""
 
 
 class Middleware(Protocol):

@@ -8,12 +8,9 @@ content filter). A target that could not take the request as it is (tools, image
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 
-from msgspec.structs import replace
-
-from ..core.arguments import read_options
+from ..core.arguments import with_options
 from ..core.events import Events, FellBack
 from ..core.exceptions import (
     LLMConfigurationError,
@@ -21,28 +18,19 @@ from ..core.exceptions import (
     LLMContextLengthError,
     LLMDeadlineExceededError,
     LLMException,
+    LLMInvalidRequestError,
     Scope,
     TargetFailure,
 )
-from ..core.types import CallOptions, Request, Target
+from ..core.types import Request, Target
 from ..utils.clock import Clock
-from .base import Call, Handler, Reply
+from .base import Call, Handler, Line, Reply
 
 OPT_IN: Mapping[str, type[LLMException]] = {
     "context_length": LLMContextLengthError,
     "content_filter": LLMContentFilteredError,
 }
 """Errors of the request that another target may well not have."""
-
-
-class Line(NamedTuple):
-    """What leads to one provider, below this layer."""
-
-    handler: Handler
-    model: Callable[[str | None], str | None]
-    """The model that a name stands for."""
-    objection: Callable[[Request, str | None], LLMException | None]
-    """Why the provider would not send a request, if it would not."""
 
 
 class FallbackMiddleware:
@@ -71,9 +59,17 @@ class FallbackMiddleware:
 
     def __call__(self, call: Call, handler: Handler, /) -> Awaitable[Reply]:
         # No coroutine for those without a chain: thousands of calls may wait below.
-        asked = call.request.options.fallback
-        targets = self._default if asked is None else self._chain(call, asked)
+        targets = self.targets(call)
         return handler(call) if not targets else self._through(call, handler, targets)
+
+    def targets(self, call: Call) -> tuple[Target, ...]:
+        """The chain of *call*.
+
+        Raises:
+            LLMConfigurationError: it names what is not configured.
+        """
+        asked = call.request.options.fallback
+        return self._default if asked is None else self._chain(asked)
 
     async def _through(self, call: Call, handler: Handler, targets: Sequence[Target]) -> Reply:
         request, remaining = call.request, iter(targets)
@@ -84,7 +80,7 @@ class FallbackMiddleware:
                 reply = await handler(call)
             except LLMException as error:
                 call.close_stream()
-                failures.append(_failure(call.provider, call.model, error))
+                failures.append(TargetFailure.of(error, call.provider, call.model))
                 following = self._next(call, request, remaining, tried, failures, error)
                 if following is None:
                     error.failures = tuple(failures)
@@ -114,10 +110,10 @@ class FallbackMiddleware:
             if (target.provider, model) in tried:
                 continue
             tried.add((target.provider, model))
-            changed = _changed(request, target.options)
-            objection = line.objection(changed, model)
+            fitted = with_options(request, target.options)
+            objection = line.objection(fitted, model)
             if objection is not None:
-                failures.append(_failure(target.provider, model, objection))
+                failures.append(TargetFailure.of(objection, target.provider, model))
                 continue
             if FellBack in self._events.wanted:
                 self._events.publish(
@@ -130,11 +126,11 @@ class FallbackMiddleware:
                         model=model,
                     )
                 )
-            call.turn_to(target.provider, model, changed)
+            call.turn_to(target.provider, model, fitted)
             return line.handler
         return None
 
-    def _chain(self, call: Call, asked: str | tuple[Target, ...]) -> tuple[Target, ...]:
+    def _chain(self, asked: str | tuple[Target, ...]) -> tuple[Target, ...]:
         if isinstance(asked, str):
             if asked not in self._chains:
                 known = ", ".join(self._chains) or "none"
@@ -152,23 +148,7 @@ class FallbackMiddleware:
         if isinstance(error, LLMDeadlineExceededError):
             # Foreseen: there is still time, and this target would have needed more.
             return True
+        if call.continues and isinstance(error, LLMInvalidRequestError) and not error.sent:
+            # It does not take the beginning of an answer that it is to go on with; the next may.
+            return True
         return error.scope is not Scope.REQUEST or isinstance(error, self._moves_on)
-
-
-def _changed(request: Request, options: Mapping[str, Any]) -> Request:
-    """*request* with a target's own *options*."""
-    if not options:
-        return request
-    given = read_options({}, cast(CallOptions, options))
-    return replace(request, options=replace(request.options, **{name: getattr(given, name) for name in options}))
-
-
-def _failure(provider: str, model: str | None, error: LLMException) -> TargetFailure:
-    return TargetFailure(
-        provider=provider,
-        model=error.model or model,
-        error=type(error).__name__,
-        message=error.message,
-        status=error.status,
-        retry_after=error.retry_after,
-    )

@@ -18,6 +18,7 @@ from typing import Any
 from ..core.content import Text
 from ..core.events import (
     AttemptFailed,
+    CallHedged,
     CallQueued,
     CircuitClosed,
     CircuitOpened,
@@ -29,6 +30,7 @@ from ..core.events import (
     KeyRestored,
     LimitAdopted,
     SharedOwner,
+    StreamResumed,
 )
 from ..core.exceptions import LLMException
 from ..core.stream import ResponseStream
@@ -39,6 +41,7 @@ from .base import Call, Handler, Reply
 NO_USAGE = Usage()
 NOTEWORTHY = (
     AttemptFailed,
+    CallHedged,
     CallQueued,
     CircuitClosed,
     CircuitOpened,
@@ -48,6 +51,7 @@ NOTEWORTHY = (
     KeyRestored,
     LimitAdopted,
     SharedOwner,
+    StreamResumed,
 )
 MAX_MODELS = 64
 """Levels and threads of which a record is kept to be copied."""
@@ -179,6 +183,11 @@ class LoggingMiddleware:
             case FellBack():
                 where = event.target if event.model is None else f"{event.target} ({event.model})"
                 self._warn(event, f"call {event.call_id} goes on at {where} after {event.error}")
+            case StreamResumed():
+                self._warn(event, f"the stream of call {event.call_id} broke off with {event.error}: {event.how}")
+            case CallHedged():
+                text = f"a second attempt begins at {event.target}, the first has taken {event.after:.2f} s"
+                self._tell(logging.INFO, event, text)
             case CircuitOpened():
                 what = f"key {event.key_id}" if event.key_id is not None else "the provider"
                 self._warn(event, f"{what} is left alone for {event.seconds:.1f} s: {event.reason}")

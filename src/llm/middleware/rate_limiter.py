@@ -295,6 +295,8 @@ class RateLimitMiddleware:
         if self._closed:
             raise _closed(call.provider)
         route = self._pool.route(call.model)
+        if call.avoid is not None:
+            route = tuple(key for key in route if key.ref != call.avoid)
         if call.ticket is None:
             self._tickets += 1
             call.ticket = self._tickets
@@ -307,6 +309,8 @@ class RateLimitMiddleware:
                         self._announce(call, grant, 0.0, now)
                     return grant
         self._raise_refusal(route)
+        if call.hedging:
+            raise LLMPoolExhaustedError("there is no capacity for a second attempt", provider=call.provider)
         return None
 
     async def _wait(self, call: Call, need: Need) -> _Grant:
@@ -893,6 +897,10 @@ class _Permit:
         self._sent_at = self.began = self._probe = self._stream = None
         self._told = False
         self.key = key.ref
+
+    @property
+    def sent_at(self) -> float | None:
+        return self._sent_at
 
     @property
     def wants_limits(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..core.events import AttemptFailed, Events
-from ..core.exceptions import LLMDeadlineExceededError, LLMException, LLMRateLimitError, Scope
+from ..core.exceptions import LLMConnectionError, LLMDeadlineExceededError, LLMException, LLMRateLimitError, Scope
 from ..core.types import Settlement
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock
@@ -52,18 +52,19 @@ class RetryMiddleware:
                 attempts += 1
                 admission = call.admission
                 delay: float | None
-                if error.scope is Scope.KEY and not error.retryable:
+                if call.hedging:
+                    delay = None
+                elif error.scope is Scope.KEY and not error.retryable:
                     # A dead key costs no try, since the pool parks it; one that dies twice was not parked.
                     delay = 0.0 if admission is not None and error.key_id not in dead else None
                     dead.add(error.key_id)
                 else:
                     # Each target's first attempt is its own; repetitions are counted over all of them.
-                    tries = call.retries + 1
-                    delay = self._policy.delay(error, tries, jitter=self._random(), only_key=admission is None)
-                    if delay is not None and not self._afford(error):
-                        delay = None
+                    delay = self._policy.delay(
+                        error, call.retries + 1, jitter=self._random(), only_key=admission is None
+                    )
                     if delay is not None:
-                        call.retries += 1
+                        delay = self._counted(call, error, delay)
                 late = delay is not None and call.deadline is not None and self._clock.now() + delay >= call.deadline
                 if admission is not None:
                     admission.settle(Settlement(usage=error.usage, error=error))
@@ -85,10 +86,22 @@ class RetryMiddleware:
                     except LLMException as refusal:
                         raise refusal from error
 
-    def _afford(self, error: LLMException) -> bool:
-        """Whether there is a retry left for it."""
+    def again(self, call: Call, error: LLMException) -> float | None:
+        """Seconds until a call whose stream broke off with *error* may be made again, None if it may not.
+
+        A yes is counted and paid as any other retry.
+        """
+        cut = LLMConnectionError(error.message, retry_after=error.retry_after)
+        delay = self._policy.delay(cut, call.retries + 1, jitter=self._random())
+        return None if delay is None else self._counted(call, error, delay)
+
+    def _counted(self, call: Call, error: LLMException, delay: float) -> float | None:
+        """*delay*, if the budget has a retry left for the call."""
         throttled = isinstance(error, LLMRateLimitError)
-        return self._budget is None or self._budget.withdraw(self._clock.now(), throttled=throttled)
+        if self._budget is not None and not self._budget.withdraw(self._clock.now(), throttled=throttled):
+            return None
+        call.retries += 1
+        return delay
 
     def statistics(self) -> dict[str, float] | None:
         """What is left of the budget, and how many retries were not made for want of it; None without one."""

@@ -12,9 +12,11 @@ from typing import NamedTuple
 from .base import Middleware
 from .circuit_breaker import CircuitBreakerMiddleware
 from .fallback import FallbackMiddleware
+from .hedge import HedgeMiddleware
 from .logging import LoggingMiddleware
 from .metrics import MetricsMiddleware
 from .rate_limiter import RateLimitMiddleware
+from .resume import ResumeMiddleware
 from .retry import RetryMiddleware
 
 
@@ -32,7 +34,9 @@ def default_stack(
     logging: LoggingMiddleware | None,
     metrics: MetricsMiddleware | None,
     circuit_breaker: CircuitBreakerMiddleware | None = None,
+    resume: ResumeMiddleware | None = None,
     fallback: FallbackMiddleware | None = None,
+    hedge: HedgeMiddleware | None = None,
     extensions: Sequence[Layer] = (),
 ) -> list[Layer]:
     """The layers of one provider, outermost first; those that are None are left out."""
@@ -46,10 +50,19 @@ def default_stack(
     if metrics is not None:
         stack.append(Layer("metrics.calls", metrics.calls))
 
+    # Above whatever can answer a call, since a stream that breaks off may go on anywhere; below what counts calls, to
+    # which it is one answer.
+    if resume is not None:
+        stack.append(Layer("resume", resume))
+
     # Above admission, because each target has a queue, limits and retries of its own; below what counts calls, because
     # it is one call wherever it is answered. What stands below is built once for each provider.
     if fallback is not None:
         stack.append(Layer("fallback", fallback))
+
+    # Below the chain, whose targets each have one; above admission, because the second leg needs a permit of its own.
+    if hedge is not None:
+        stack.append(Layer("hedge", hedge))
 
     # Admission comes before repetition: a call queues once, keeps its ticket, and every attempt renews its permit
     # here. Nothing above holds a key or a client while the call waits.

@@ -412,6 +412,10 @@ class AnthropicProvider:
         """The configured group of *model*, or what the vendor is known to limit together."""
         return self._groups[model]
 
+    def goes_on(self, model: str) -> bool:
+        """As models.toml says of *model*; behind another address, yes."""
+        return (self._families.get(model) or self._learn(model)).prefill
+
     def probe(self, key: str) -> HTTPRequest:
         """The list of models: free, and refused like any other request if the key is."""
         headers = {**self._headers, "x-api-key": key}

@@ -46,6 +46,8 @@ class StreamDecoder(Protocol):
     stop_reason: StopReason | None
     id: str
     model: str
+    events: int
+    """How many events have come, of whatever kind: a stream in which none comes is stalled, whatever its bytes say."""
 
     def feed(self, data: bytes) -> list[StreamChunk]:
         """The chunks that *data* completes."""
@@ -71,6 +73,10 @@ class Provider(Protocol):
 
         Asked for every call: it does not raise, whatever the name, and what it remembers is bounded.
         """
+        ...
+
+    def goes_on(self, model: str) -> bool:
+        """Whether *model*, handed the beginning of its answer as the last message, gives the rest of it."""
         ...
 
     def encode(self, request: Request, key: str) -> Encoded:

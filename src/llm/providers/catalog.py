@@ -30,7 +30,10 @@ PLAIN: Final[dict[str, object]] = {
 """What every vendor does unasked: leaving one of these out changes nothing, so nobody is told."""
 
 _NOT_ASKED_OF_THE_MODEL: Final = frozenset(
-    ("max_tokens", "timeout", "unsupported", "extra_body", "extra_headers", "priority", "tenant", "tag")
+    (
+        *("max_tokens", "timeout", "unsupported", "extra_body", "extra_headers", "priority", "tenant", "tag"),
+        *("fallback", "on_interrupt"),
+    )
 )
 RICH: Final = frozenset(("tools", "tool_choice", "parallel_tool_calls", "reasoning", "output_format", "cache"))
 """Options for which each dialect has a shape of its own."""

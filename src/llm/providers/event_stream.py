@@ -19,7 +19,19 @@ class EventStream(ABC):
     of the body before the terminal event. Neither is ever left again: later bytes are nobody's.
     """
 
-    __slots__ = ("_content", "_provider", "_request", "_sse", "done", "error", "id", "model", "stop_reason", "usage")
+    __slots__ = (
+        "_content",
+        "_provider",
+        "_request",
+        "_sse",
+        "done",
+        "error",
+        "events",
+        "id",
+        "model",
+        "stop_reason",
+        "usage",
+    )
 
     terminal: ClassVar[str]
     """The vendor's name for the terminal event, for messages."""
@@ -27,6 +39,7 @@ class EventStream(ABC):
     def __init__(self, provider: Provider, request: Request) -> None:
         self.error: LLMException | None = None
         self.done = False
+        self.events = 0
         self.usage: Usage | None = None
         self.stop_reason: StopReason | None = None
         self.id = ""
@@ -49,7 +62,9 @@ class EventStream(ABC):
         chunks: list[StreamChunk] = []
         if not self._open:
             return chunks
-        self._take(self._sse.payloads(data), chunks)
+        payloads = self._sse.payloads(data)
+        self.events += len(payloads)
+        self._take(payloads, chunks)
         if self._sse.overflow and self._open:
             self._fail("an event of the stream is larger than any answer")
         return chunks

@@ -151,6 +151,11 @@ class OpenAIBase:
         """The configured group of *model*, or the model of which it is a dated snapshot."""
         return self._groups[model]
 
+    def goes_on(self, model: str) -> bool:
+        """Only where the configuration says so: OpenAI's models, and most servers', begin another answer."""
+        rules = self._settings.rules(model)
+        return rules is not None and bool(rules.prefill)
+
     def probe(self, key: str) -> HTTPRequest:
         """The list of models: free, and refused like any other request if the key is."""
         headers = {"accept": "application/json", "authorization": f"Bearer {key}", **self._extra_headers}
