@@ -15,6 +15,7 @@ from llm.core.exceptions import (
     LLMInvalidRequestError,
     LLMOverloadedError,
     LLMRateLimitError,
+    LLMStreamInterruptedError,
 )
 from llm.testing.transport import Scripted
 from llm.transports.base import HTTPRequest
@@ -235,3 +236,22 @@ async def test_switched_off_a_provider_is_asked_however_often_it_fails() -> None
         assert [await attempt(r) for _ in range(20)] == [LLMOverloadedError.__name__] * 20
         assert circuit(r) is None
         assert r.manager.get_status()["providers"]["vendor"]["keys"][0]["circuit"] is None
+
+
+async def test_a_provider_that_cuts_its_streams_is_down_as_well() -> None:
+    lost = LLMConnectionError("the connection was lost")
+    async with rig(lambda _: stream(delta("hel"), lost), config=alone(min_calls=6, consecutive=100)) as r:
+        for _ in range(3):
+            assert circuit(r)["state"] == "closed"
+            with pytest.raises(LLMStreamInterruptedError):
+                async for _ in r.client.stream_complete(PROMPT):
+                    pass
+        assert circuit(r)["state"] == "open"
+
+
+async def test_a_stream_that_its_reader_leaves_says_nothing() -> None:
+    async with rig(lambda _: stream(delta("hel"), 60.0, END), config=alone(min_calls=2, consecutive=1)) as r:
+        for _ in range(5):
+            async with r.client.stream_complete(PROMPT) as left:
+                await anext(left)
+        assert circuit(r)["state"] == "closed"

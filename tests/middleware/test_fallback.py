@@ -388,3 +388,22 @@ async def test_a_providers_chain_has_to_be_there() -> None:
     with pytest.raises(LLMConfigurationError, match=r"vendor.fallback: no chain of fallbacks is called 'otters'"):
         async with rig(config=config):
             pass
+
+
+async def test_silence_is_not_waited_out_again_when_that_would_leave_no_time_for_the_next_target() -> None:
+    vendors = Vendors(vendor=answer(delay=60.0))
+    async with rig(vendors, config=three(timeouts={"attempt": 10})) as r:
+        task = asyncio.ensure_future(r.client.complete(PROMPT, timeout=25))
+        await r.clock.advance(21)
+        assert (await task).provider == "second"
+    assert vendors.asked == ["vendor", "vendor", "second"]
+
+
+async def test_the_last_target_is_asked_as_long_as_there_is_time() -> None:
+    vendors = Vendors(vendor=answer(delay=60.0), second=answer(delay=60.0), third=answer(delay=60.0))
+    async with rig(vendors, config=three(timeouts={"attempt": 10})) as r:
+        task = asyncio.ensure_future(r.client.complete(PROMPT, timeout=45))
+        await r.clock.advance(46)
+        with pytest.raises(LLMDeadlineExceededError):
+            await task
+    assert vendors.asked == ["vendor"] * 3 + ["second", "third"]

@@ -239,6 +239,7 @@ async def test_admission_can_be_the_users_own() -> None:
         key = KeyRef("vendor", 2)
         model = "chosen"
         wants_limits = False
+        sent_at = None
 
         def sent(self) -> None: ...
 

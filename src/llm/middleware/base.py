@@ -135,6 +135,7 @@ class Call:
         "avoid",
         "continues",
         "deadline",
+        "elsewhere",
         "hedging",
         "id",
         "idle_since",
@@ -180,6 +181,8 @@ class Call:
         """Seconds spent waiting for permits."""
         self.continues = False
         """Whether its last message is the beginning of an answer that broke off."""
+        self.elsewhere = False
+        """Whether somebody else can be asked, for whom time is to be left."""
         self.hedging = False
         """Whether it is the second leg of a call: it goes at once or not at all, and is not repeated."""
         self.avoid: KeyRef | None = None

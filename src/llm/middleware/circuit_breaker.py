@@ -7,6 +7,8 @@ was cancelled, or an attempt that the call's own deadline cut. Who says 429 or 4
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..core.exceptions import (
     LLMAuthenticationError,
     LLMDeadlineExceededError,
@@ -15,6 +17,7 @@ from ..core.exceptions import (
     LLMRateLimitError,
     Scope,
 )
+from ..core.types import KeyRef, LLMResponse, Settlement
 from ..utils.clock import Clock
 from .base import Call, Circuits, Handler, Reply
 
@@ -37,10 +40,20 @@ class CircuitBreakerMiddleware:
         try:
             reply = await handler(call)
         except LLMException as error:
-            if isinstance(error, _ANSWERED):
-                self._circuits.succeeded(admission.key, began)
-            elif error.scope is not Scope.REQUEST and not isinstance(error, LLMDeadlineExceededError):
-                self._circuits.failed(admission.key, began, error)
+            self._failed(admission.key, began, error)
             raise
         self._circuits.succeeded(admission.key, began)
+        if type(reply) is not LLMResponse:
+            # It was answered, and a probe is not to wait for a stream's end; but who cuts all streams is down as well.
+            reply.on_settled(partial(self._ended, admission.key, began))
         return reply
+
+    def _ended(self, key: KeyRef, began: float, settlement: Settlement) -> None:
+        if isinstance(settlement.error, LLMException):
+            self._failed(key, began, settlement.error)
+
+    def _failed(self, key: KeyRef, began: float, error: LLMException) -> None:
+        if isinstance(error, _ANSWERED):
+            self._circuits.succeeded(key, began)
+        elif error.scope is not Scope.REQUEST and not isinstance(error, LLMDeadlineExceededError):
+            self._circuits.failed(key, began, error)

@@ -76,6 +76,7 @@ class FallbackMiddleware:
         tried = {(call.provider, call.model)}
         failures: list[TargetFailure] = []
         while True:
+            call.elsewhere = len(tried) <= len(targets)
             try:
                 reply = await handler(call)
             except LLMException as error:

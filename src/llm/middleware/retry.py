@@ -10,7 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..core.events import AttemptFailed, Events
-from ..core.exceptions import LLMConnectionError, LLMDeadlineExceededError, LLMException, LLMRateLimitError, Scope
+from ..core.exceptions import (
+    LLMConnectionError,
+    LLMDeadlineExceededError,
+    LLMException,
+    LLMRateLimitError,
+    LLMTimeoutError,
+    Scope,
+)
 from ..core.types import Settlement
 from ..utils.backoff import RetryPolicy
 from ..utils.clock import Clock
@@ -52,7 +59,7 @@ class RetryMiddleware:
                 attempts += 1
                 admission = call.admission
                 delay: float | None
-                if call.hedging:
+                if call.hedging or self._takes_too_long(call, error):
                     delay = None
                 elif error.scope is Scope.KEY and not error.retryable:
                     # A dead key costs no try, since the pool parks it; one that dies twice was not parked.
@@ -85,6 +92,12 @@ class RetryMiddleware:
                         await admission.renew(call)
                     except LLMException as refusal:
                         raise refusal from error
+
+    def _takes_too_long(self, call: Call, error: LLMException) -> bool:
+        """Whether another attempt that is not answered either would use up the time in which another target could."""
+        if not call.elsewhere or call.deadline is None or not isinstance(error, LLMTimeoutError) or not call.attempts:
+            return False
+        return self._clock.now() + call.attempts[-1].duration > call.deadline
 
     def again(self, call: Call, error: LLMException) -> float | None:
         """Seconds until a call whose stream broke off with *error* may be made again, None if it may not.
