@@ -120,7 +120,7 @@ async def test_the_status_shows_everything_and_no_secret_and_is_json() -> None:
     assert PROMPT not in text
     assert set(status) == {"closed", "default_provider", "providers", "limits", "metrics", "events", "faults"}
     assert set(status["providers"]["vendor"]) == {
-        *("clients", "keys", "circuit", "queued", "retries", "connections", "layers")
+        *("clients", "keys", "circuit", "queued", "retries", "hedges", "connections", "layers")
     }
     assert status["providers"]["vendor"]["keys"][0]["state"] == "parked"
     assert status["metrics"]["requests"]["successful"] == 1
