@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits wire providers soak coverage check-wheel requirements clean setup
+.PHONY: help demo test lint style types layers format unit test-uvloop test-python test-long bench quota limits wire providers wall storm soak coverage check-wheel requirements clean setup
 
 # Which interpreter makes .venv: `make PYTHON=python3.13 test` insists on one.
 PYTHON ?=
@@ -98,6 +98,9 @@ wire: setup  ## whether what is sent and read is what the vendors specify: make 
 
 providers: setup  ## write docs/providers.md from the table of models and from what the dialects do
 	$(BIN)/python docs/providers.py
+
+wall: setup  ## thirty faults over real sockets, with and without what protects from them
+	PYTHONPATH=.:src $(BIN)/python -m tests.wall.run
 
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py

@@ -10,7 +10,14 @@ import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
 HERE = Path(__file__).parent
-ONCE = ("test_soak.py", "test_strict_window.py", "test_examples.py", "test_house.py", "test_quota_judge.py")
+ONCE = (
+    "test_soak.py",
+    "test_wall.py",
+    "test_strict_window.py",
+    "test_examples.py",
+    "test_house.py",
+    "test_quota_judge.py",
+)
 """They take half of the time, mostly by waiting, and start processes or loops of their own. The longest is first."""
 
 # No deadline: a busy machine is not a bug. In CI the same examples every time: a red run must be repeatable.

@@ -1,7 +1,7 @@
 """Runs the wall: ``python -m tests.wall.run`` (``make wall``), or some of its rows by name.
 
 Each case has a process of its own, forked from this one: patches, memory and sockets are nobody else's, and several
-run at once. It prints a line of JSON a case, or with ``--table`` a table.
+run at once. It prints a line of JSON a case.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def fork(name: str, off: bool) -> tuple[int, int]:
 
 def verdicts(cases: list[tuple[str, bool]], at_once: int = AT_ONCE) -> list[dict[str, Any]]:
     """Run *cases*, so many at once."""
-    waiting, running, found = list(cases), {}, []
+    waiting, found = list(cases), []
+    running: dict[int, tuple[str, bool, int]] = {}
     while waiting or running:
         while waiting and len(running) < at_once:
             name, off = waiting.pop(0)
@@ -72,15 +73,11 @@ def verdicts(cases: list[tuple[str, bool]], at_once: int = AT_ONCE) -> list[dict
             text = verdict.read()
         lost = {"row": name, "off": off, "fell": None, "trouble": "the process died", "seconds": 0.0}
         found.append(json.loads(text) if text else lost)
-        print(json.dumps(found[-1]), file=sys.stderr if TABLE else sys.stdout, flush=True)
+        print(json.dumps(found[-1]), flush=True)
     return found
 
 
-TABLE = False
-
-
 def main() -> int:
-    global TABLE
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("rows", nargs="*", metavar="row", help="all if none is named")
     parser.add_argument("--only", choices=["on", "off"], help="with its protection, or without")
@@ -91,8 +88,10 @@ def main() -> int:
     names = sorted(options.rows or ROWS, key=lambda name: name not in ("S25", "S15"))
     found = verdicts([(name, off) for off in modes for name in names], options.at_once)
     wrong = [each for each in found if each["trouble"] or bool(each["fell"]) != each["off"]]
-    stand = sum(not each["off"] and each not in wrong for each in found)
-    print(f"{stand} of {len(names)} rows hold, {sum(each['off'] for each in found) - sum(e['off'] for e in wrong)} fall without their protection", file=sys.stderr)
+    held, fell = (sum(each["off"] is off for each in found if each not in wrong) for off in (False, True))
+    print(
+        f"{held} rows hold, {fell} fall without their protection, {len(wrong)} do not as they should", file=sys.stderr
+    )
     return bool(wrong)
 
 

@@ -201,14 +201,16 @@ class Street:
         return vendor
 
 
-# -- what a vendor can say, in the words of Chat Completions ------------------------------------------------------------
+# -- what a vendor can say, in the words of Chat Completions ----------------------------------------------------
 
 
 def completion(text: str, told: tuple[int, int] = TOLD) -> bytes:
     usage = {"prompt_tokens": told[0], "completion_tokens": told[1], "total_tokens": sum(told)}
     message = {"role": "assistant", "content": text}
     choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-    return json.dumps({"id": "c", "model": "m", "object": "chat.completion", "choices": choices, "usage": usage}).encode()
+    return json.dumps(
+        {"id": "c", "model": "m", "object": "chat.completion", "choices": choices, "usage": usage}
+    ).encode()
 
 
 def piece(text: str) -> bytes:
