@@ -102,6 +102,10 @@ providers: setup  ## write docs/providers.md from the table of models and from w
 wall: setup  ## thirty faults over real sockets, with and without what protects from them
 	PYTHONPATH=.:src $(BIN)/python -m tests.wall.run
 
+storm: setup  ## a thousand callers whose primary fails for a minute: refusing, then silent (4 minutes)
+	$(BIN)/python bench/storm.py refuse
+	$(BIN)/python bench/storm.py silent
+
 soak: setup  ## ten minutes of everything at once, and nothing may be left of it
 	$(BIN)/python bench/soak.py
 

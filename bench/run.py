@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import openai
 import server as canned
 
 import brimful
+from llm.transports.base import Exchange
 
 PROMPT = "Say something about foxes and dogs, please."
 BODY = {"model": "gpt-6.1-terra", "messages": [{"role": "user", "content": PROMPT}]}
@@ -165,6 +166,79 @@ async def layers(base: CannedServer, rounds: int) -> dict[str, Any]:
             works[name] = partial(manager.get_client().complete, PROMPT)
         costs = await interleaved(works, calls=1920, concurrency=64, rounds=rounds)
     return {name: compare(costs, name, "bare") for name in rows}
+
+
+class Canned:
+    """A transport that has answered before it is asked."""
+
+    status = 200
+    headers: Mapping[str, str] = {"content-type": "application/json"}
+
+    def __init__(self, body: bytes) -> None:
+        self.body = body
+
+    async def send(self, request: object, exchange: Exchange) -> Canned:
+        if exchange.on_connection is not None:
+            exchange.on_connection()
+        exchange.written = exchange.started = True
+        return self
+
+    async def read(self) -> bytes:
+        return self.body
+
+    async def read_some(self) -> bytes:
+        return b""
+
+    def close(self) -> object:
+        return asyncio.sleep(0)
+
+    def statistics(self) -> dict[str, int]:
+        return {}
+
+
+RESILIENCE = ("resume", "fallback", "hedge", "circuit_breaker")
+
+
+async def resilience(base: CannedServer, rounds: int) -> dict[str, Any]:
+    """What the layers that survive failures add to a call that meets none: without I/O, and over HTTP."""
+    found: dict[str, Any] = {}
+    url = base.url()
+
+    def chained(hedged: bool) -> dict[str, Any]:
+        config = configuration(url)
+        config["providers"]["openai"]["fallback"] = "others"
+        config["fallbacks"] = {"others": [{"provider": "openai", "model": "gpt-6-luna"}]}
+        config["middleware"] = {"logging": {"enabled": False}, "hedge": {"enabled": hedged, "after": 60}}
+        return config
+
+    def without(layers: list[Any]) -> list[Any]:
+        return [layer for layer in layers if layer.name not in RESILIENCE]
+
+    async with (
+        bare.session() as http,
+        http.post(url + "/chat/completions", json=BODY, headers=bare.HEADERS) as response,
+    ):
+        body = await response.read()
+    for place, concurrency, calls in (("without I/O", 1, 4000), ("over HTTP", 64, 1920)):
+        more: dict[str, Any] = {} if concurrency > 1 else {"transport": lambda settings, clock: Canned(body)}
+        async with contextlib.AsyncExitStack() as stack:
+            works: dict[str, Work] = {}
+            for name, hedged, arrange in (("none", False, without), ("all", False, None), ("hedged", True, None)):
+                config = chained(hedged)
+                if name == "none":
+                    config["middleware"]["circuit_breaker"] = {"enabled": False}
+                manager = await stack.enter_async_context(
+                    brimful.LLMManager.from_config(config, arrange=arrange, **more)
+                )
+                works[name] = partial(manager.get_client().complete, PROMPT)
+            costs = await interleaved(works, calls=calls, concurrency=concurrency, rounds=rounds)
+        for name, label in (("all", "breaker, chain, resume"), ("hedged", "and hedge")):
+            added = statistics.median(a - b for a, b in zip(costs[name], costs["none"], strict=True))
+            found[f"{place}: {label}"] = {
+                "added_us": round(added, 2),
+                "of_us": round(statistics.median(costs["none"]), 1),
+            }
+    return found
 
 
 async def streamed(base: CannedServer, rounds: int) -> dict[str, Any]:
@@ -382,6 +456,7 @@ SECTIONS: dict[str, Callable[[CannedServer, int], Awaitable[dict[str, Any]]]] = 
     "function_calls": lambda base, _: function_calls(base),
     "whole": whole,
     "layers": layers,
+    "resilience": resilience,
     "streamed": streamed,
     "rich": rich,
     "waiting": lambda base, _: waiting(base),

@@ -29,7 +29,7 @@ from llm.core.exceptions import (
 )
 from llm.core.pool import ProviderPool
 from llm.core.types import LLMResponse
-from llm.middleware.hedge import _Legs
+from llm.middleware.hedge import _Race
 from llm.middleware.resume import _Parts
 from llm.providers.anthropic import AnthropicProvider
 from llm.providers.event_stream import EventStream
@@ -870,7 +870,7 @@ ROWS: dict[str, Row] = {
         "cancelled at every await, with fallback and hedge",
         "the refund table holds",
         s25,
-        broken(_Legs, "end", nothing),
+        broken(_Race, "end", nothing),
         "losers are not ended",
     ),
     "S26": Row(

@@ -271,6 +271,8 @@ class LLMManager:
             line.pool.refuse()
             line.limiter.close()
             line.endpoint.close()
+            if line.hedge is not None:
+                line.hedge.close()
         self._backoff.end()
         for line in self._lines.values():
             await line.pool.close()
@@ -470,6 +472,8 @@ class LLMManager:
             line.pool.start_afresh()
             line.limiter.start_afresh()
             line.endpoint.start_afresh()
+            if line.hedge is not None:
+                line.hedge.close()
             line.prober.close()
             line.inquiry.close()
 

@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from ..core.arguments import with_options
 from ..core.events import CallHedged, Events
-from ..core.exceptions import AttemptRecord
+from ..core.exceptions import AttemptRecord, LLMException
 from ..core.types import Target
+from ..utils.alarms import Alarms, Limit
 from ..utils.clock import Clock, TimerHandle
 from .base import Call, Handler, KeyPool, Line, Reply
 
@@ -58,6 +59,7 @@ class HedgeMiddleware:
         self._clock = clock
         self._events = events if events is not None else Events()
         self._taken: dict[str, _Recent] = {}
+        self._alarms: dict[float, Alarms] = {}
         self._saved = 0.0
         self.hedged = 0
         """Second legs that were begun."""
@@ -78,19 +80,29 @@ class HedgeMiddleware:
             reply = await handler(call)
             self._learn(call)
             return reply
-        legs = _Legs(self._clock, call)
+        race = _Race(self._clock, call, self._alarms_of(delay), lambda: self._second(call, handler))
         try:
-            legs.start(call, handler)
-            await legs.wait(delay)
-            if legs.undecided and (second := self._second(call, handler)) is not None:
-                legs.start(*second)
-            reply = await legs.answer()
+            reply = await race.run(handler)
         finally:
-            await legs.end()
-        if legs.winner is not call:
+            await race.end()
+        if race.winner is not call:
             self.won += 1
-        self._learn(call, legs.lost)
+        self._learn(call, race.lost)
         return reply
+
+    def _alarms_of(self, delay: float) -> Alarms:
+        """The timer that all who wait so long share; delays are told apart by two digits."""
+        seconds = float(f"{delay:.2g}")
+        alarms = self._alarms.get(seconds)
+        if alarms is None:
+            alarms = self._alarms[seconds] = Alarms(seconds, self._clock)
+        return alarms
+
+    def close(self) -> None:
+        """Let go of the timers."""
+        for alarms in self._alarms.values():
+            alarms.close()
+        self._alarms.clear()
 
     def _delay(self, call: Call) -> float | None:
         """Seconds after which *call* would be hedged, None if that is not known yet."""
@@ -172,93 +184,94 @@ class _Recent:
             self.p95 = ordered[len(ordered) * 95 // 100]
 
 
-class _Legs:
-    """The one or two legs of a call, each a task; the first that is answered wins."""
+class _Race:
+    """A call in its own task, and perhaps a second leg of it in another; who is answered first wins."""
 
-    def __init__(self, clock: Clock, call: Call) -> None:
+    __slots__ = ("_call", "_clock", "_delay", "_leg", "_limit", "_second", "_task", "_timer", "lost", "winner")
+
+    def __init__(
+        self, clock: Clock, call: Call, alarms: Alarms, second: Callable[[], tuple[Call, Handler] | None]
+    ) -> None:
         self._clock = clock
         self._call = call
-        self._tasks: dict[asyncio.Task[Reply], Call] = {}
-        self._timer: TimerHandle | None = None
+        self._delay = alarms.seconds
+        self._second = second
+        self._limit = Limit(None)
+        self._leg: Call | None = None
+        self._task: asyncio.Task[Reply] | None = None
+        self._timer: TimerHandle | None = alarms.start(self._look)
         self.winner: Call | None = None
         self.lost: float | None = None
         """Seconds that the first leg had taken when the second was answered."""
 
-    @property
-    def undecided(self) -> bool:
-        return not any(task.done() for task in self._tasks)
-
-    def start(self, call: Call, handler: Handler) -> None:
-        self._tasks[asyncio.ensure_future(_run(call, handler))] = call
-
-    async def wait(self, delay: float) -> None:
-        """Until the first leg is over, or *delay* has passed since its attempt had a connection."""
-        (first,) = self._tasks
-        while not first.done():
-            admission = self._call.admission
-            sent = admission.sent_at if admission is not None else None
-            now = self._clock.now()
-            left = delay if sent is None else sent + delay - now
-            if left <= 0.0:
-                return
-            woken = asyncio.get_running_loop().create_future()
-
-            def wake(_: object = None, woken: asyncio.Future[None] = woken) -> None:
-                if not woken.done():
-                    woken.set_result(None)
-
-            first.add_done_callback(wake)
-            timer = self._clock.call_at(now + left, wake)
-            try:
-                await woken
-            finally:
-                timer.cancel()
-                first.remove_done_callback(wake)
-
-    async def answer(self) -> Reply:
+    async def run(self, handler: Handler) -> Reply:
         """The first answer; the first leg's error if there is none.
 
         Raises:
             LLMException: no leg was answered.
         """
-        waiting = set(self._tasks)
-        while waiting:
-            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            # In the order of the legs, so that two that end together are no matter of chance.
-            for task, leg in self._tasks.items():
-                if task in done and not task.cancelled() and task.exception() is None:
-                    self.winner = leg
-                    return task.result()
-        error = next(iter(self._tasks)).exception()
-        assert error is not None
         try:
-            raise error
-        finally:
-            # The tasks hold it, and its traceback this frame.
-            del error, task, done
+            with self._limit:
+                reply = await handler(self._call)
+            self.winner = self._call
+            return reply
+        except TimeoutError:
+            # The second leg was answered, and has ended the first.
+            task = self._task
+        except LLMException:
+            task = self._task
+            if task is None:
+                raise
+            await asyncio.wait([task])
+            if task.cancelled() or task.exception() is not None:
+                raise
+        assert task is not None
+        self.winner = self._leg
+        return task.result()
 
     async def end(self) -> None:
-        """Cancel who is still under way, and wait for it: permits and sockets are free when the call returns."""
-        call = self._call
-        tasks, self._tasks = self._tasks, {}
-        admission = call.admission
-        if self.winner is not call and admission is not None and admission.sent_at is not None:
-            self.lost = self._clock.now() - admission.sent_at
-        for task in tasks:
-            task.cancel()
+        """End the second leg, if it is under way: permits and sockets are free when the call returns."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        call, leg, task = self._call, self._leg, self._task
+        self._task = None
+        if leg is None or task is None:
+            return
         try:
-            if not all(task.done() for task in tasks):
-                await asyncio.wait(tasks)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
         finally:
-            for task, leg in tasks.items():
-                if leg is self.winner or not task.done() or task.cancelled():
-                    continue
-                if task.exception() is None:
-                    # Both were answered: of this one nobody will hear.
-                    leg.close_stream()
-            if self.winner is not None and self.winner is not call:
-                call.adopt(self.winner)
-            call.attempts = _together(call, *(leg for leg in tasks.values() if leg is not call), last=self.winner)
+            if self.winner is leg:
+                call.close_stream()
+                call.adopt(leg)
+            elif task.done() and not task.cancelled() and task.exception() is None:
+                # Both were answered: of this one nobody will hear.
+                leg.close_stream()
+            call.attempts = _together(call, leg, last=self.winner)
+
+    def _look(self) -> None:
+        """Begin the second leg, if the first has had a connection for long enough."""
+        self._timer = None
+        now, admission = self._clock.now(), self._call.admission
+        sent = admission.sent_at if admission is not None else None
+        due = sent + self._delay if sent is not None else now + self._delay
+        if due > now:
+            self._timer = self._clock.call_at(due, self._look)
+            return
+        second = self._second()
+        if second is not None:
+            self._leg, handler = second
+            self._task = asyncio.ensure_future(_run(self._leg, handler))
+            self._task.add_done_callback(self._answered)
+
+    def _answered(self, task: asyncio.Task[Reply]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            admission = self._call.admission
+            if admission is not None and admission.sent_at is not None:
+                self.lost = self._clock.now() - admission.sent_at
+            self._limit.expire()
 
 
 async def _run(call: Call, handler: Handler) -> Reply:
