@@ -3,7 +3,8 @@
 Calls arrive at random instants (a Poisson process, whether or not the earlier ones have ended) at a simulator in a
 process of its own. Both dialects, whole and streamed, read to the end, left in the middle or cancelled at any moment;
 six keys a dialect, with limits that bind now and then; and one request in twenty meets a fault, every kind as often as
-the next. Then the exit code is 1 if one of these does not hold:
+the next. The dialects fall back to each other, circuits open and close, one call in twenty may have a second leg, and a
+part of the streams begins anew when it breaks off. Then the exit code is 1 if one of these does not hold:
 
 * Every call ended, as an answer that says what it was asked to say, or as a typed ``LLMException``.
 * Resident memory has grown by less than 5 MB between the end of the warm-up (a minute, or a third of a shorter run)
@@ -68,6 +69,8 @@ CALL_TIMEOUT = 10.0
 MOST_OUTSTANDING = 2000
 KEYS = 6
 WINDOW = 10.0
+HEDGE_AFTER = 0.15
+"""Seconds: few answers take longer to begin, but for those that meet a fault."""
 HEADER = "x-client-request-id"
 MODELS = {"anthropic": "claude-haiku-5-5", "openai": "gpt-6-luna"}
 MANNERS = {"whole": 0.47, "streamed": 0.22, "iterated": 0.22, "left": 0.03, "whole, cancelled": 0.03, "cancelled": 0.03}
@@ -243,9 +246,14 @@ def configuration(url: str, requests: int) -> dict[str, Any]:
             "timeouts": {"connect": 2.0, "first_byte": 1.5, "idle": 1.0, "attempt": 5.0},
             "pool": {"probe_interval": 0.5, "probe_max_interval": 2.0, "max_age": 20.0},
             "transport": {"proxy": "none", "max_response_bytes": MEGABYTE // 8},
+            "fallback": f"after {name}",
         }
 
-    return {"providers": {"anthropic": provider("anthropic", url), "openai": provider("openai", url + "/v1")}}
+    return {
+        "providers": {"anthropic": provider("anthropic", url), "openai": provider("openai", url + "/v1")},
+        "fallbacks": {"after anthropic": [{"provider": "openai"}], "after openai": [{"provider": "anthropic"}]},
+        "middleware": {"hedge": {"enabled": True, "after": HEDGE_AFTER}},
+    }
 
 
 class Load:
@@ -287,7 +295,8 @@ class Load:
             if manner.startswith("whole"):
                 text = await client.chat(prompt)
             elif manner == "iterated":
-                text = "".join([chunk.text async for chunk in client.stream_complete(prompt)])
+                async for chunk in client.stream_complete(prompt, on_interrupt="restart"):
+                    text = "" if chunk.restart else text + chunk.text
             else:
                 async with client.stream_complete(prompt) as stream:
                     async for chunk in stream:
