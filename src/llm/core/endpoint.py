@@ -356,4 +356,5 @@ class Endpoint:
 
 
 def _closed() -> LLMStreamInterruptedError:
-    return LLMStreamInterruptedError("the manager was closed", retryable=False)
+    # No fault of the provider's, whose circuit is not to hear of it.
+    return LLMStreamInterruptedError("the manager was closed", retryable=False, scope=Scope.REQUEST)
