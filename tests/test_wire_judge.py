@@ -102,7 +102,17 @@ def test_an_answer_fits_its_schema_with_the_nulls_that_vendors_send(answer: Any,
 
 def test_whatever_can_be_asked_of_a_model_is_asked_in_the_corpus() -> None:
     """Options that say nothing to the vendor are left out; what a program adds to the body is its own."""
-    ours = {"timeout", "unsupported", "extra_body", "extra_headers", "priority", "tenant", "tag", "fallback"}
+    ours = {
+        "timeout",
+        "unsupported",
+        "extra_body",
+        "extra_headers",
+        "priority",
+        "tenant",
+        "tag",
+        "fallback",
+        "on_interrupt",
+    }
     default = Options()
     asked = {
         name
