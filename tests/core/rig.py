@@ -158,7 +158,7 @@ def build(script: Script = (), *, config: Mapping[str, Any] | None = None, **mor
         config if config is not None else configuration(),
         environ={},
         clock=clock,
-        random=lambda: 0.0,
+        random=more.pop("random", lambda: 0.0),
         transport=lambda settings, clock: transport,
         **more,
     )

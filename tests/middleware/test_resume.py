@@ -298,3 +298,60 @@ async def test_whole_answers_are_not_its_affair() -> None:
     with pytest.raises(LLMOverloadedError):
         async with rig(lambda _: failure(503)) as r:
             await r.client.complete(PROMPT, on_interrupt="restart")
+
+
+async def test_an_answer_without_words_is_whole_as_well() -> None:
+    async with (
+        rig([stream(END)]) as r,
+        r.client.stream_complete(PROMPT, on_interrupt="restart") as streamed,
+    ):
+        assert await read(streamed) == []
+        assert streamed.response().text == ""
+
+
+async def test_cancelled_while_it_reads_a_part_nothing_is_kept() -> None:
+    async with rig([stream(delta("a"), 100.0)]) as r:
+        task = asyncio.ensure_future(_all(r, on_interrupt="restart"))
+        await r.clock.advance(1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        status = r.manager.get_status()["providers"]["vendor"]
+        assert (status["clients"]["in_use"], status["connections"]["open"]) == (0, 0)
+
+
+async def test_closed_by_another_task_while_it_waits_for_the_next_part_that_part_is_closed_too() -> None:
+    async with rig([broken("a"), stream(5.0, delta("b"), 100.0)]) as r:
+        async with r.client.stream_complete(PROMPT, on_interrupt="restart") as streamed:
+            task = asyncio.ensure_future(read(streamed))
+            await r.clock.advance(1)
+            streamed.close()
+            await r.clock.advance(5)
+            with pytest.raises(LLMStreamInterruptedError):
+                await task
+        status = r.manager.get_status()["providers"]["vendor"]
+        assert (status["clients"]["in_use"], status["connections"]["open"]) == (0, 0)
+
+
+async def test_closed_while_it_reads_what_comes_is_nobodys() -> None:
+    seen: list[str] = []
+    async with (
+        rig([stream(delta("a"), 5.0, delta("b"), END)]) as r,
+        r.client.stream_complete(PROMPT, on_interrupt="restart") as streamed,
+    ):
+        task = asyncio.ensure_future(read(streamed, seen))
+        await r.clock.advance(1)
+        streamed.close()
+        with pytest.raises(LLMStreamInterruptedError):
+            await task
+    assert seen == ["a"]
+
+
+async def test_a_restart_waits_as_long_as_a_retry() -> None:
+    error = b'data: {"error":{"message":"busy","type":"server_error","code":503}}\n\n'
+    async with rig([stream(delta("a"), error), whole("b")], random=lambda: 0.5) as r:
+        task = asyncio.ensure_future(_all(r, on_interrupt="restart"))
+        await r.clock.advance(0.2)
+        assert len(r.transport.requests) == 1
+        await r.clock.advance(0.1)
+        assert "".join(await task) == "ab"
