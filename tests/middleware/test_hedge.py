@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llm.core.events import CallHedged, Event
-from llm.core.exceptions import LLMConfigurationError, LLMException, LLMOverloadedError
+from llm.core.exceptions import LLMConfigurationError, LLMConnectionError, LLMException, LLMOverloadedError
 from llm.testing.transport import Scripted
 from llm.transports.base import HTTPRequest
 from tests.core.rig import END, PROMPT, Rig, answer, configuration, delta, failure, key_of, rig, stream
@@ -200,8 +200,8 @@ async def test_a_stream_is_raced_to_its_first_content() -> None:
         assert idle(r)
 
 
-async def _read(r: Rig) -> str:
-    return "".join([chunk.text async for chunk in r.client.stream_complete(PROMPT)])
+async def _read(r: Rig, **options: Any) -> str:
+    return "".join([chunk.text async for chunk in r.client.stream_complete(PROMPT, **options)])
 
 
 async def test_two_streams_that_begin_together_are_one_and_the_other_is_closed() -> None:
@@ -247,3 +247,19 @@ async def test_what_is_no_time_is_refused(after: Any) -> None:
     with pytest.raises(LLMConfigurationError, match=r"hedge\.after: .*`p95` or a number of seconds"):
         async with rig(config=hedged(hedge={"after": after})):
             pass
+
+
+async def test_a_second_leg_goes_on_with_a_stream_only_where_that_is_possible() -> None:
+    config = three(capabilities={"*": {"prefill": True}}, middleware={"hedge": {"enabled": True, **ALL}})
+    config["providers"]["second"]["capabilities"] = {}
+    lost = LLMConnectionError("the connection was lost")
+    vendors = Vendors(
+        vendor=[stream(delta("one "), lost), stream(30.0, delta("two"), END)], third=stream(delta("three"), END)
+    )
+    config["providers"]["third"]["capabilities"] = {}
+    async with rig(vendors, config=config) as r:
+        task = asyncio.ensure_future(_read(r, on_interrupt="continue"))
+        await r.clock.advance(35)
+        assert await task == "one two"
+        assert idle(r)
+    assert vendors.asked == ["vendor", "vendor"]

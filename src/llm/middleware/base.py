@@ -207,7 +207,7 @@ class Call:
             started=self.started,
             deadline=self.deadline,
         )
-        other.hedging = True
+        other.continues, other.hedging = self.continues, True
         return other
 
     def adopt(self, other: Call) -> None:

@@ -75,19 +75,22 @@ class HedgeMiddleware:
 
     async def _hedged(self, call: Call, handler: Handler) -> Reply:
         self._saved = min(MOST_SAVED, self._saved + self._share)
-        delay = self._delay(call)
+        model = call.model or ""
+        delay = self._delay(model)
         if delay is None:
             reply = await handler(call)
-            self._learn(call)
+            self._learn(model, call.attempts)
             return reply
         race = _Race(self._clock, call, self._alarms_of(delay), lambda: self._second(call, handler))
         try:
             reply = await race.run(handler)
         finally:
             await race.end()
-        if race.winner is not call:
+        if race.winner is call:
+            self._learn(model, call.attempts)
+        else:
             self.won += 1
-        self._learn(call, race.lost)
+            self._learn(model, call.attempts, race.lost)
         return reply
 
     def _alarms_of(self, delay: float) -> Alarms:
@@ -104,25 +107,24 @@ class HedgeMiddleware:
             alarms.close()
         self._alarms.clear()
 
-    def _delay(self, call: Call) -> float | None:
-        """Seconds after which *call* would be hedged, None if that is not known yet."""
+    def _delay(self, model: str) -> float | None:
+        """Seconds after which a call for *model* is hedged, None if that is not known yet."""
         if self._after != "p95":
             return self._after
-        taken = self._taken.get(call.model or "")
+        taken = self._taken.get(model)
         return taken.p95 if taken is not None else None
 
-    def _learn(self, call: Call, lost: float | None = None) -> None:
+    def _learn(self, model: str, attempts: Sequence[AttemptRecord], lost: float | None = None) -> None:
         """From the attempt that was answered; or from the *lost* one, which had taken so long when the other was."""
-        if self._after != "p95" or not call.attempts:
+        if self._after != "p95" or not attempts:
             return
-        model = call.model or ""
         taken = self._taken.get(model)
         if taken is None:
             if len(self._taken) >= MAX_MODELS:
                 self._taken.clear()
             taken = self._taken[model] = _Recent()
         # The lost one would have taken longer still: without it, the tail that hedging cuts would be forgotten.
-        taken.add(lost if lost is not None else call.attempts[-1].duration)
+        taken.add(lost if lost is not None else attempts[-1].duration)
 
     def _second(self, call: Call, handler: Handler) -> tuple[Call, Handler] | None:
         """A second leg and the way it goes, None if there is none or no more may be made."""
