@@ -938,3 +938,20 @@ def test_any_text_is_read_or_refused(tmp_path: Path, text: str) -> None:
 
     with pytest.raises(LLMConfigurationError):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [(0.05, 0.05), ("5 %", 0.05), ("5%", 0.05), ("12.5 %", 0.125), ("100 %", 1.0)]
+)
+def test_a_share_may_be_written_per_cent(written: object, read: float) -> None:
+    provider = {"dialect": "openai", "api_keys": "k"}
+    tree = {"providers": {"v": provider}, "middleware": {"hedge": {"max_share": written}}}
+    settings = config.load(tree, environ={}, warn=print)
+    assert settings.middleware.hedge.max_share == pytest.approx(read)
+
+
+@pytest.mark.parametrize("written", ["101 %", "-5 %", "5 percent", "%"])
+def test_what_is_no_share_is_refused(written: object) -> None:
+    tree = {"providers": {"v": {"dialect": "openai", "api_keys": "k"}}, "middleware": {"hedge": {"max_share": written}}}
+    with pytest.raises(LLMConfigurationError, match=r"middleware\.hedge\.max_share: "):
+        config.load(tree, environ={}, warn=print)

@@ -157,6 +157,9 @@ _HOMES: Mapping[str, str] = {
     **dict.fromkeys(WEIGHTS, "middleware.rate_limiter.weights"),
     # Not its `model`: who writes that elsewhere hardly means how the vendor counts.
     **dict.fromkeys(("cache_reads", "rejected"), "providers.<name>.counting"),
+    **dict.fromkeys(HEDGE, "middleware.hedge"),
+    **dict.fromkeys(RESUME, "middleware.resume"),
+    **dict.fromkeys(FALLBACK, "middleware.fallback"),
     **dict.fromkeys(CIRCUIT_BREAKER, "middleware.circuit_breaker"),
     **dict.fromkeys(RETRY, "middleware.retry"),
     **dict.fromkeys(RATE_LIMITER, "middleware.rate_limiter"),

@@ -107,8 +107,9 @@ def weight(value: Any) -> float:
 
 
 def share(value: Any) -> float:
-    """A share of a whole: a number from 0 to 1."""
-    number = _number(value, "a number from 0 to 1")
+    """A share of a whole: a number from 0 to 1, or per cent as in ``5 %``."""
+    percent = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%", value) if isinstance(value, str) else None
+    number = float(percent[1]) / 100 if percent is not None else _number(value, "a number from 0 to 1, or per cent")
     if not 0 <= number <= 1:
         raise Wrong(f"must be from 0 to 1, got {seen(number)}")
     return float(number)
