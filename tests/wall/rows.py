@@ -7,7 +7,7 @@ import gzip
 import json
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,8 @@ from tests.wall.servers import (
 )
 from tests.wall.world import KEY, TIMEOUTS, Fallen, Took, World, answered, asked, check, failed, patched
 
+Way = tuple[Callable[..., Coroutine[Any, Any, Any]], servers.Script]
+"""How a call is made, and what F does first."""
 Case = Callable[[World], Awaitable[None]]
 FORTY = "".join(WORDS[:40])
 OVERLOADED = b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}'
@@ -502,21 +504,27 @@ async def s25(w: World) -> None:
             await asyncio.sleep(0.02)
             await fails(503)(reply)
 
-    points = sum([await _given_up_everywhere(w, slow, streamed) for streamed in (False, True)])
+    ways: list[Way] = [
+        (w.ask, answers),
+        (w.read, answers),
+        (partial(w.read, on_interrupt="restart"), streams(40, cut)),
+    ]
+    points = sum([await _given_up_everywhere(w, slow, way) for way in ways])
     check(points >= 30, f"only {points} points were found")
 
 
-async def _given_up_everywhere(w: World, slow: servers.Script, streamed: bool) -> int:
+async def _given_up_everywhere(w: World, slow: servers.Script, way: Way) -> int:
     """Cancel one call at each point at which a task of it waits; returns how many there were."""
     for at in range(1, 400):
-        p, f = w.vendor(slow), w.fallback()
+        ask, first = way
+        p, f = w.vendor(slow), w.fallback(first, answers)
         steps = _Steps(at)
         asyncio.get_running_loop().set_task_factory(steps.factory)
         # The books of attempts and usage are not those of a call that was given up: what was sent is compared below.
         config = w.config(p, f, 2)
         built = await asyncio.to_thread(LLMManager.from_config, config, environ={})
         async with built:
-            steps.main = asyncio.ensure_future((w.read if streamed else w.ask)(built.get_client()))
+            steps.main = asyncio.ensure_future(ask(built.get_client()))
             try:
                 await steps.main
             except asyncio.CancelledError:

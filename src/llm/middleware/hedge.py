@@ -76,26 +76,40 @@ class HedgeMiddleware:
     async def _hedged(self, call: Call, handler: Handler) -> Reply:
         self._saved = min(MOST_SAVED, self._saved + self._share)
         model = call.model or ""
-        delay = self._delay(model)
-        if delay is None:
+        alarms = self._waiting(model)
+        if alarms is None:
             reply = await handler(call)
             self._learn(model, call.attempts)
             return reply
-        race = _Race(self._clock, call, self._alarms_of(delay), lambda: self._second(call, handler))
+        race = _Race(self._clock, call, handler, alarms, self._second)
         try:
-            reply = await race.run(handler)
-        finally:
-            await race.end()
-        if race.winner is call:
-            self._learn(model, call.attempts)
-        else:
+            with race:
+                reply = await handler(call)
+            race.winner = call
+        except (TimeoutError, LLMException) as error:
+            reply = await race.other(error)
             self.won += 1
-            self._learn(model, call.attempts, race.lost)
+        finally:
+            # Mostly there was no second leg: then this is all.
+            race.timer.cancel()
+            if race.leg is not None:
+                await race.end()
+        if self._after == "p95":
+            self._learn(model, call.attempts, race.lost if race.winner is not call else None)
         return reply
 
-    def _alarms_of(self, delay: float) -> Alarms:
-        """The timer that all who wait so long share; delays are told apart by two digits."""
-        seconds = float(f"{delay:.2g}")
+    def _waiting(self, model: str) -> Alarms | None:
+        """What counts the time until a call for *model* is hedged, None if that is not known yet.
+
+        All that wait equally long share a timer; times are told apart by two digits.
+        """
+        if self._after != "p95":
+            seconds = self._after
+        else:
+            taken = self._taken.get(model)
+            if taken is None or taken.p95 is None:
+                return None
+            seconds = taken.p95
         alarms = self._alarms.get(seconds)
         if alarms is None:
             alarms = self._alarms[seconds] = Alarms(seconds, self._clock)
@@ -107,16 +121,9 @@ class HedgeMiddleware:
             alarms.close()
         self._alarms.clear()
 
-    def _delay(self, model: str) -> float | None:
-        """Seconds after which a call for *model* is hedged, None if that is not known yet."""
-        if self._after != "p95":
-            return self._after
-        taken = self._taken.get(model)
-        return taken.p95 if taken is not None else None
-
     def _learn(self, model: str, attempts: Sequence[AttemptRecord], lost: float | None = None) -> None:
         """From the attempt that was answered; or from the *lost* one, which had taken so long when the other was."""
-        if self._after != "p95" or not attempts:
+        if not attempts:
             return
         taken = self._taken.get(model)
         if taken is None:
@@ -183,63 +190,62 @@ class _Recent:
         if self._new >= MIN_SAMPLES:
             self._new = 0
             ordered = sorted(self._durations)
-            self.p95 = ordered[len(ordered) * 95 // 100]
+            self.p95 = float(f"{ordered[len(ordered) * 95 // 100]:.2g}")
 
 
-class _Race:
-    """A call in its own task, and perhaps a second leg of it in another; who is answered first wins."""
+class _Race(Limit):
+    """A call in its own task, and perhaps a second leg of it in another; who is answered first wins.
 
-    __slots__ = ("_call", "_clock", "_delay", "_leg", "_limit", "_second", "_task", "_timer", "lost", "winner")
+    The first leg runs in the block of this limit, which the second one's answer ends.
+    """
+
+    __slots__ = ("_call", "_clock", "_delay", "_handler", "_other", "_second", "leg", "lost", "timer", "winner")
 
     def __init__(
-        self, clock: Clock, call: Call, alarms: Alarms, second: Callable[[], tuple[Call, Handler] | None]
+        self,
+        clock: Clock,
+        call: Call,
+        handler: Handler,
+        alarms: Alarms,
+        second: Callable[[Call, Handler], tuple[Call, Handler] | None],
     ) -> None:
+        super().__init__(None)
         self._clock = clock
         self._call = call
+        self._handler = handler
         self._delay = alarms.seconds
         self._second = second
-        self._limit = Limit(None)
-        self._leg: Call | None = None
-        self._task: asyncio.Task[Reply] | None = None
-        self._timer: TimerHandle | None = alarms.start(self._look)
+        self._other: asyncio.Task[Reply] | None = None
+        self.leg: Call | None = None
+        self.timer: TimerHandle = alarms.start(self._look)
         self.winner: Call | None = None
         self.lost: float | None = None
         """Seconds that the first leg had taken when the second was answered."""
 
-    async def run(self, handler: Handler) -> Reply:
-        """The first answer; the first leg's error if there is none.
+    async def other(self, error: Exception) -> Reply:
+        """The answer of the second leg, now that the first has ended with *error*.
 
         Raises:
-            LLMException: no leg was answered.
+            LLMException: *error*, if there is none.
         """
-        try:
-            with self._limit:
-                reply = await handler(self._call)
-            self.winner = self._call
-            return reply
-        except TimeoutError:
-            # The second leg was answered, and has ended the first.
-            task = self._task
-        except LLMException:
-            task = self._task
-            if task is None:
-                raise
+        task = self._other
+        if task is not None and not task.done():
             await asyncio.wait([task])
-            if task.cancelled() or task.exception() is not None:
-                raise
-        assert task is not None
-        self.winner = self._leg
+        try:
+            if task is None or task.cancelled() or task.exception() is not None:
+                raise error
+        finally:
+            # Its traceback holds this frame.
+            del error
+        self.winner = self.leg
         return task.result()
 
     async def end(self) -> None:
         """End the second leg, if it is under way: permits and sockets are free when the call returns."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        call, leg, task = self._call, self._leg, self._task
-        self._task = None
-        if leg is None or task is None:
-            return
+        call, leg, task = self._call, self.leg, self._other
+        self._other = None
+        assert leg is not None
+        assert task is not None
         try:
             if not task.done():
                 task.cancel()
@@ -255,25 +261,24 @@ class _Race:
 
     def _look(self) -> None:
         """Begin the second leg, if the first has had a connection for long enough."""
-        self._timer = None
         now, admission = self._clock.now(), self._call.admission
         sent = admission.sent_at if admission is not None else None
         due = sent + self._delay if sent is not None else now + self._delay
         if due > now:
-            self._timer = self._clock.call_at(due, self._look)
+            self.timer = self._clock.call_at(due, self._look)
             return
-        second = self._second()
+        second = self._second(self._call, self._handler)
         if second is not None:
-            self._leg, handler = second
-            self._task = asyncio.ensure_future(_run(self._leg, handler))
-            self._task.add_done_callback(self._answered)
+            self.leg, handler = second
+            self._other = asyncio.ensure_future(_run(self.leg, handler))
+            self._other.add_done_callback(self._answered)
 
     def _answered(self, task: asyncio.Task[Reply]) -> None:
         if not task.cancelled() and task.exception() is None:
             admission = self._call.admission
             if admission is not None and admission.sent_at is not None:
                 self.lost = self._clock.now() - admission.sent_at
-            self._limit.expire()
+            self.expire()
 
 
 async def _run(call: Call, handler: Handler) -> Reply:
