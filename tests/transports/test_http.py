@@ -382,3 +382,44 @@ def test_a_forked_child_starts_afresh_and_leaves_the_parents_connections_alone()
         assert server.connections == 2
         runner.run(transport.close())
         runner.run(serving.__aexit__(None, None, None))
+
+
+async def test_a_request_has_nothing_of_the_one_before_it() -> None:
+    seen: list[tuple[dict[str, str], bytes]] = []
+
+    async def handler(peer: Peer) -> None:
+        while True:
+            head, body = await peer.request()
+            lines = head.decode().split("\r\n")[1:]
+            seen.append((dict(line.split(": ", 1) for line in lines if line), body))
+            peer.answer()
+
+    async with talking(handler) as (transport, server):
+        for number, more in enumerate([{"x-once": "1", "user-agent": "mine"}, {}, {"content-type": "text/plain"}]):
+            body = b"x" * (number + 1)
+            request = HTTPRequest("POST", server.url, {"x-api-key": f"sk-planted-{number}", **more}, body)
+            await (await transport.send(request, Exchange())).read()
+    names = [{name.lower(): value for name, value in headers.items()} for headers, _ in seen]
+    assert [body for _, body in seen] == [b"x", b"xx", b"xxx"]
+    assert [found["content-length"] for found in names] == ["1", "2", "3"]
+    assert [found["x-api-key"] for found in names] == ["sk-planted-0", "sk-planted-1", "sk-planted-2"]
+    assert [found.get("x-once") for found in names] == ["1", None, None]
+    assert names[0]["user-agent"] == "mine"
+    assert names[1]["user-agent"].startswith("brimful/")
+    assert [found["content-type"] for found in names] == ["application/octet-stream"] * 2 + ["text/plain"]
+    assert len({found["host"] for found in names}) == 1
+
+
+async def test_a_body_that_is_to_wait_for_the_servers_word_waits() -> None:
+    async def handler(peer: Peer) -> None:
+        head = await peer.reader.readuntil(b"\r\n\r\n")
+        assert b"100-continue" in head
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(peer.reader.read(1), MOMENT)
+        peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        assert await peer.reader.readexactly(5) == b"hello"
+        peer.answer()
+
+    async with talking(handler) as (transport, server):
+        request = HTTPRequest("POST", server.url, {"expect": "100-continue"}, b"hello")
+        assert await (await transport.send(request, Exchange())).read() == b"ok"

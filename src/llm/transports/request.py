@@ -151,6 +151,8 @@ class Request(ClientRequest):
             or protocol is None
             or protocol.writing_paused
             or self.proxy is not None
+            or self.chunked
+            or self._continue is not None
             or conn._connector.force_close
         ):
             return await super().send(conn)
