@@ -12,6 +12,7 @@ import pytest
 
 from llm.core.events import AttemptFailed, Event, Events
 from llm.core.exceptions import (
+    AttemptRecord,
     LLMAuthenticationError,
     LLMConnectionError,
     LLMDeadlineExceededError,
@@ -20,6 +21,7 @@ from llm.core.exceptions import (
     LLMOverloadedError,
     LLMQuotaExhaustedError,
     LLMRateLimitError,
+    LLMTimeoutError,
 )
 from llm.core.types import Cost, LLMResponse, Usage
 from llm.middleware.base import Call, Handler, Reply, compose
@@ -556,3 +558,91 @@ async def test_repetitions_count_on_from_those_of_another_target() -> None:
     with pytest.raises(LLMOverloadedError):
         await bench.handler(call)
     assert (len(bench.sent), call.retries) == (2, 2)
+
+
+# ---------------------------------------------------------------- a second leg, another target, a stream that broke off
+
+
+async def test_a_second_leg_is_not_repeated() -> None:
+    stack = Stack(limited(1, 9), script=[overloaded])
+    call = ask()
+    call.hedging = True
+    with pytest.raises(LLMOverloadedError):
+        await stack.begin(call)
+    assert len(stack.sent) == 1
+
+
+def silent() -> LLMTimeoutError:
+    return LLMTimeoutError("silence", phase="first_byte", sent=True)
+
+
+def took(*seconds: float) -> tuple[AttemptRecord, ...]:
+    """The records of attempts that were so long."""
+    return tuple(
+        AttemptRecord(number=n, provider="p", model="m", key_id="p/1", waited=0.0, duration=each)
+        for n, each in enumerate(seconds, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "left", "kind", "sent"),
+    [
+        (True, 9.9, silent, 1),
+        (True, 10.0, silent, 2),
+        (False, 9.9, silent, 2),
+        (True, None, silent, 2),
+        (True, 9.9, overloaded, 2),
+    ],
+)
+async def test_silence_is_waited_out_again_unless_that_leaves_no_time_for_another_target(
+    elsewhere: bool, left: float | None, kind: Callable[[], LLMException], sent: int
+) -> None:
+    stack = Stack(limited(1, 9), script=[kind], jitter=0.0)
+    call = ask(deadline=1_000.0 + left if left is not None else None)
+    call.elsewhere = elsewhere
+    # The last one counts.
+    call.attempts = took(1.0, 3.0, 10.0)
+    task = stack.begin(call)
+    await stack.clock.advance(0.0)
+    await asyncio.wait([task])
+    assert len(stack.sent) == sent
+    assert (task.exception() is None) == (sent == 2)
+
+
+async def test_without_an_attempt_on_record_there_is_no_telling() -> None:
+    stack = Stack(limited(1, 9), script=[silent], jitter=0.0)
+    call = ask(deadline=1_005.0)
+    call.elsewhere = True
+    task = stack.begin(call)
+    await stack.clock.advance(0.0)
+    assert isinstance(await task, LLMResponse)
+
+
+async def test_a_stream_that_broke_off_is_made_again_after_a_backoff_and_counted() -> None:
+    budget = RetryBudget(RetryBudgetPolicy(share=0.0, per_second=0.0, most=5.0))
+    stack = Stack(limited(1, 9), budget=budget)
+    call = ask()
+    assert [stack.retry.again(call, overloaded()) for _ in range(3)] == [1.0, 2.0, None]
+    assert (call.retries, budget.balance) == (2, 3.0)
+
+
+async def test_a_vendors_wish_holds_for_a_stream_as_well() -> None:
+    stack = Stack(limited(1, 9))
+    assert stack.retry.again(ask(), overloaded(retry_after=7.0)) == 7.0
+    assert stack.retry.again(ask(), overloaded(retry_after=61.0)) is None
+
+
+async def test_a_stream_is_not_made_again_when_the_budget_is_spent() -> None:
+    budget = RetryBudget(RetryBudgetPolicy(share=0.0, per_second=0.0, most=1.0))
+    stack = Stack(limited(1, 9), budget=budget)
+    first, second = ask(), ask()
+    assert stack.retry.again(first, overloaded()) == 1.0
+    assert stack.retry.again(second, overloaded()) is None
+    assert (second.retries, budget.denied) == (0, 1)
+
+
+async def test_after_a_429_a_stream_costs_a_tenth() -> None:
+    budget = RetryBudget(RetryBudgetPolicy(share=0.0, per_second=0.0, most=1.0))
+    stack = Stack(limited(1, 9), budget=budget)
+    stack.retry.again(ask(), too_many())
+    assert budget.balance == pytest.approx(0.9)
