@@ -16,6 +16,7 @@ from aiohttp.client_reqrep import ClientRequest, ClientResponse
 from aiohttp.hdrs import CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRANSFER_ENCODING
 from aiohttp.http_writer import StreamWriter
 from aiohttp.payload import Payload
+from multidict import CIMultiDict
 
 from ..utils.alarms import Alarm
 from .base import Exchange
@@ -84,12 +85,19 @@ class Body(Payload):
 
     _autoclose = True
 
+    _encoding = _filename = None
+
     def __init__(self, value: bytes, trip: Trip) -> None:
-        super().__init__(value)
+        # Without aiohttp's own, which makes headers that hardly any request takes.
+        self._value = value
         self._size = len(value)
         self.is_small = len(value) <= _SMALL
         """Whether it can be written without waiting."""
         self.trip = trip
+
+    @property
+    def _headers(self) -> CIMultiDict[str]:  # type: ignore[override]
+        return CIMultiDict({CONTENT_TYPE: self._default_content_type})
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return str(self._value, encoding, errors)
