@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 
 from llm.core.events import CallHedged, Event
 from llm.core.exceptions import LLMConfigurationError, LLMConnectionError, LLMException, LLMOverloadedError
+from llm.middleware.base import Call, Handler, Reply
 from llm.testing.transport import Scripted
 from llm.transports.base import HTTPRequest
 from tests.core.rig import END, PROMPT, Rig, answer, configuration, delta, failure, key_of, rig, stream
@@ -101,14 +103,33 @@ async def test_a_quick_call_has_one_leg() -> None:
 
 
 async def test_the_time_in_the_queue_does_not_count() -> None:
-    config = hedged(rate_limits={"requests_per_minute": 1})
-    async with rig(lambda _: answer(delay=0.5), config=config) as r:
-        tasks = [asyncio.ensure_future(r.client.complete(PROMPT)) for _ in range(4)]
-        await r.clock.advance(0.6)
-        # Two wait for the next window: helping them along would only be in the others' way.
+    config = three(middleware={"hedge": {"enabled": True, **ALL}}, rate_limits={"requests_per_minute": 1})
+    vendors = Vendors()
+    async with rig(vendors, config=config) as r:
+        tasks = [asyncio.ensure_future(r.client.complete(PROMPT)) for _ in range(2)]
+        # The second waits for the next window, though the next target of its chain is free.
         await r.clock.advance(61)
         await asyncio.gather(*tasks)
-        assert len(r.keys) == 4
+    assert vendors.asked == ["vendor", "vendor"]
+
+
+SPAN: ContextVar[str] = ContextVar("span", default="none")
+
+
+async def test_both_legs_see_what_the_caller_has_set() -> None:
+    seen: list[str] = []
+
+    async def tracing(call: Call, handler: Handler) -> Reply:
+        seen.append(SPAN.get())
+        return await handler(call)
+
+    script = Keys(answer("slow", delay=30.0), answer("quick"))
+    async with rig(script, config=hedged(), middleware={"tracing": tracing}) as r:
+        SPAN.set("the caller's")
+        task = asyncio.ensure_future(r.client.complete(PROMPT))
+        await r.clock.advance(1.5)
+        assert (await task).text == "quick"
+    assert seen == ["the caller's"] * 2
 
 
 async def test_a_second_leg_does_not_wait_for_capacity() -> None:

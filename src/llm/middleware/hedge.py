@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import copy_context
 from typing import Literal
 
 from msgspec.structs import replace
@@ -199,7 +200,19 @@ class _Race(Limit):
     The first leg runs in the block of this limit, which the second one's answer ends.
     """
 
-    __slots__ = ("_call", "_clock", "_delay", "_handler", "_other", "_second", "leg", "lost", "timer", "winner")
+    __slots__ = (
+        "_call",
+        "_clock",
+        "_context",
+        "_delay",
+        "_handler",
+        "_other",
+        "_second",
+        "leg",
+        "lost",
+        "timer",
+        "winner",
+    )
 
     def __init__(
         self,
@@ -212,6 +225,8 @@ class _Race(Limit):
         super().__init__(None)
         self._clock = clock
         self._call = call
+        # The shared timer that begins the second leg runs in nobody's context: what the caller had set would be lost.
+        self._context = copy_context()
         self._handler = handler
         self._delay = alarms.seconds
         self._second = second
@@ -257,7 +272,7 @@ class _Race(Limit):
             elif task.done() and not task.cancelled() and task.exception() is None:
                 # Both were answered: of this one nobody will hear.
                 leg.close_stream()
-            call.attempts = _together(call, leg, last=self.winner)
+            call.attempts = _together(*((call, leg) if self.winner is leg else (leg, call)))
 
     def _look(self) -> None:
         """Begin the second leg, if the first has had a connection for long enough."""
@@ -270,7 +285,7 @@ class _Race(Limit):
         second = self._second(self._call, self._handler)
         if second is not None:
             self.leg, handler = second
-            self._other = asyncio.ensure_future(_run(self.leg, handler))
+            self._other = asyncio.get_running_loop().create_task(_run(self.leg, handler), context=self._context)
             self._other.add_done_callback(self._answered)
 
     def _answered(self, task: asyncio.Task[Reply]) -> None:
@@ -285,8 +300,7 @@ async def _run(call: Call, handler: Handler) -> Reply:
     return await handler(call)
 
 
-def _together(call: Call, *others: Call, last: Call | None) -> tuple[AttemptRecord, ...]:
-    """The attempts of all legs, those of the one that was answered at the end."""
-    legs = sorted((call, *others), key=lambda leg: leg is last)
-    records = [record for leg in legs for record in leg.attempts]
+def _together(first: Call, last: Call) -> tuple[AttemptRecord, ...]:
+    """The attempts of both legs, numbered anew."""
+    records = (*first.attempts, *last.attempts)
     return tuple(replace(record, number=number) for number, record in enumerate(records, 1))
