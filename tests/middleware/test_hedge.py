@@ -113,6 +113,18 @@ async def test_the_time_in_the_queue_does_not_count() -> None:
     assert vendors.asked == ["vendor", "vendor"]
 
 
+async def test_a_call_that_has_queued_is_hedged_once_its_attempt_takes_long() -> None:
+    config = three(middleware={"hedge": {"enabled": True, **ALL}}, rate_limits={"requests_per_minute": 1})
+    vendors = Vendors(vendor=[answer("first"), answer("slow", delay=30.0)])
+    async with rig(vendors, config=config) as r:
+        tasks = [asyncio.ensure_future(r.client.complete(PROMPT)) for _ in range(2)]
+        await r.clock.advance(60.5)
+        assert vendors.asked == ["vendor", "vendor"]
+        await r.clock.advance(2.0)
+        assert [response.text for response in await asyncio.gather(*tasks)] == ["first", "second"]
+    assert vendors.asked == ["vendor", "vendor", "second"]
+
+
 SPAN: ContextVar[str] = ContextVar("span", default="none")
 
 
